@@ -1,0 +1,53 @@
+# `make demo` and `make test` need nothing but Python (3.11 or newer for the pinned versions) and make.
+#
+# The environment is installed from constraints.txt. Where the package index offers a CUDA build of
+# torch first, a CPU-only one is chosen by the usual pip settings, e.g.
+#     PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> make demo
+# and other versions than the pinned ones by   make demo CONSTRAINTS=/dev/null
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+PIP_FLAGS ?=
+ARGS ?=
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint bench notebooks clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+venv: .venv/.installed ## create .venv with everything that the targets below need
+
+# torch goes first and alone: the rest then finds it installed and never reaches for another build.
+.venv/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) torch
+	$(PY) -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e ".[test,dev]"
+	@touch $@
+
+demo: venv ## train a small BatchNorm ResNet on digits and show its exact curvature (under a minute)
+	$(PY) experiments/digits_resnet.py $(ARGS)
+
+test: venv ## the whole default test suite
+	$(PY) -m pytest $(ARGS)
+
+test-slow: venv ## the tests that take minutes
+	$(PY) -m pytest -m slow $(ARGS)
+
+lint: venv ## ruff on everything, mypy on the package
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: venv ## the benchmark, e.g. make bench ARGS="--help"
+	$(PY) -m pip install $(PIP_FLAGS) -q -c $(CONSTRAINTS) -e ".[bench]"
+	$(PY) experiments/benchmark/run.py $(ARGS)
+
+notebooks: venv ## execute notebooks/*.ipynb in place
+	@set -e; for notebook in notebooks/*.ipynb; do \
+		echo "$$notebook"; .venv/bin/jupyter-execute --inplace "$$notebook"; \
+	done
+
+clean: ## remove the environment, caches and what the experiments wrote
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

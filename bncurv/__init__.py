@@ -1,0 +1,28 @@
+"""bncurv: exact curvature through train-mode BatchNorm, at a cost linear in the batch size.
+
+Start with `curvature` (one call on an untouched model) or `extend` (BackPACK's ``with backpack(...)`` gesture).
+The idea of the package is told at the head of ``statistics.py`` and ``engine.py``.
+"""
+
+from bncurv.api import Results, curvature
+from bncurv.engine import SlowPathWarning
+from bncurv.extension import extend, unextend
+from bncurv.layers import register_layer
+from bncurv.losses import register_loss
+from bncurv.quantities import ComponentGrad, DiagGGNExact
+from bncurv.statistics import register_coupled
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ComponentGrad",
+    "DiagGGNExact",
+    "Results",
+    "SlowPathWarning",
+    "curvature",
+    "extend",
+    "register_coupled",
+    "register_layer",
+    "register_loss",
+    "unextend",
+]

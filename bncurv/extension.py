@@ -1,0 +1,246 @@
+"""The BackPACK gesture: `extend` a model and a loss, then ``with backpack(...): loss.backward()``.
+
+Extending registers hooks and nothing else. The model's hook records each forward pass (``record.py``); the loss' hook
+runs, when the gradient of the loss value arrives in ``backward()``, the quantities that are active in BackPACK's context
+and stores the results on the parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import backpack as backpack_package
+import torch
+from backpack.context import CTX
+from backpack.utils.hooks import no_op
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bncurv.api import check_output, check_quantities, compute
+from bncurv.losses import LOSSES, evaluate
+from bncurv.quantities import Quantity
+from bncurv.record import MODEL, Recorder, models_behind
+
+_ATTRIBUTE = "_bncurv_hooks"
+
+
+def extend(module: nn.Module) -> nn.Module:
+    """Make a model or a loss ready for bncurv's quantities inside BackPACK's ``with backpack(...)``.
+
+    Only hooks are added; the module stays the same object, is neither converted nor copied, and works as before.
+    Undo with `unextend`.
+
+    Args:
+        module: the model (its root module), or the loss module.
+
+    Returns:
+        The same module.
+
+    Example:
+        >>> import torch
+        >>> from backpack import backpack
+        >>> from bncurv import DiagGGNExact, extend
+        >>> model = extend(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)))
+        >>> loss_fn = extend(torch.nn.CrossEntropyLoss())
+        >>> with backpack(DiagGGNExact()):
+        ...     loss_fn(model(torch.randn(8, 4)), torch.randint(2, (8,))).backward()
+        >>> model[0].weight.diag_ggn_exact.shape
+        torch.Size([3, 4])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"extend got {type(module).__name__}; expected a torch.nn.Module (model or loss).")
+    if hasattr(module, _ATTRIBUTE):
+        return module
+    if isinstance(module, tuple(LOSSES)) or isinstance(module, nn.modules.loss._Loss):
+        handles = [
+            module.register_forward_pre_hook(_join_backpack),
+            module.register_forward_hook(_after_loss, with_kwargs=True),
+        ]
+    else:
+        handles = [
+            module.register_forward_pre_hook(_join_backpack),
+            module.register_forward_pre_hook(_start_recording),
+            module.register_forward_hook(_stop_recording, always_call=True),
+        ]
+    setattr(module, _ATTRIBUTE, handles)
+    return module
+
+
+def unextend(module: nn.Module) -> nn.Module:
+    """Remove what `extend` added, BackPACK's hooks included where bncurv had them installed.
+
+    Args:
+        module: an extended model or loss; others are returned as they are.
+
+    Returns:
+        The same module.
+    """
+    for handle in getattr(module, _ATTRIBUTE, ()):
+        handle.remove()
+    if hasattr(module, _ATTRIBUTE):
+        if getattr(module, "_bncurv_backpack", False):
+            for part in module.modules():
+                part.__dict__.pop("_backpack_extend", None)
+            del module._bncurv_backpack
+        delattr(module, _ATTRIBUTE)
+    return module
+
+
+# -------------------------------------------------------------------- forward
+_recorders: list[Recorder | None] = []  # of the extended models that are running now, innermost last
+
+
+def _start_recording(module: nn.Module, args: tuple) -> None:
+    recorder = None
+    if torch.is_grad_enabled() and not any(_recorders):
+        recorder = Recorder(module)
+        recorder.__enter__()
+    _recorders.append(recorder)
+
+
+def _stop_recording(module: nn.Module, args: tuple, output: Any) -> None:
+    recorder = _recorders.pop()
+    if recorder is None:
+        return
+    recorder.__exit__(None, None, None)
+    if isinstance(output, Tensor) and output.grad_fn is not None:
+        output.grad_fn.metadata[MODEL] = weakref.ref(module)
+
+
+def _foreign() -> list[Any]:
+    """Active BackPACK extensions that are not ours."""
+    return [e for e in CTX.get_active_exts() if not isinstance(e, Quantity)]
+
+
+def _join_backpack(module: nn.Module, args: tuple) -> None:
+    """Beside BackPACK's own extensions its hooks are needed too; they refuse in-place layers, so only then."""
+    if _foreign() and not any(hasattr(m, "_backpack_extend") for m in module.modules()):
+        before = len(CTX.hook_handles)
+        backpack_package.extend(module)
+        getattr(module, _ATTRIBUTE).extend(CTX.hook_handles[before:])
+        module._bncurv_backpack = True
+
+
+# -------------------------------------------------------------------- backward
+def _after_loss(loss_fn: nn.Module, args: tuple, kwargs: dict[str, Any], loss: Any) -> None:
+    names = dict(zip(("input", "target"), args, strict=False)) | kwargs
+    output, target = names.get("input"), names.get("target")
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        loss.register_hook(lambda g: _run(loss_fn, output, target, g))
+
+
+def _run(loss_fn: nn.Module, output: Tensor, target: Tensor, g: Tensor) -> None:
+    """Compute the active quantities; called in ``backward()`` before the graph behind the loss is walked."""
+    quantities = [e for e in CTX.get_active_exts() if isinstance(e, Quantity)]
+    if not quantities:
+        return
+    check_quantities(quantities)
+    models = models_behind(output)
+    if not models:
+        raise RuntimeError(
+            f"{type(quantities[0]).__name__} is active, but the output that {type(loss_fn).__name__} received comes "
+            "from no extended model. Call model = bncurv.extend(model) before the forward pass."
+        )
+    if _foreign() and not any(hasattr(m, "_backpack_extend") for model in models for m in model.modules()):
+        raise RuntimeError(
+            f"BackPACK's {type(_foreign()[0]).__name__} is active, but the forward pass ran outside the "
+            "'with backpack(...)' block on a model without BackPACK's hooks. Run the forward pass inside the block, or "
+            "call backpack.extend on the model and the loss as well."
+        )
+    wanted = {
+        (f"{i}." if len(models) > 1 else "") + name: p
+        for i, model in enumerate(models)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    check_output(output, target, wanted)
+    if g.numel() != 1:
+        raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
+    with _backpack_set_aside(), torch.enable_grad():
+        at_batch = evaluate(loss_fn, output, target, float(g))
+        _expect_gradient(loss_fn, output, at_batch.gradient, wanted, quantities)
+        with tqdm(disable=True) as bar:
+            fields, _ = compute(output, at_batch, wanted, quantities, "auto", None, bar)
+    for q in quantities:
+        q.runs += 1
+        q.deliver(fields[q.field], wanted)
+
+
+@contextmanager
+def _backpack_set_aside() -> Iterator[None]:
+    """Keep BackPACK from acting on our inner backward passes, and from deleting its stored inputs."""
+    before = CTX.get_active_exts(), CTX.get_extension_hook(), CTX.get_retain_graph()
+    CTX.set_active_exts(())
+    CTX.set_extension_hook(no_op)
+    CTX.set_retain_graph(True)
+    try:
+        yield
+    finally:
+        CTX.set_active_exts(before[0])
+        CTX.set_extension_hook(before[1])
+        CTX.set_retain_graph(before[2])
+
+
+def _expect_gradient(
+    loss_fn: nn.Module, output: Tensor, gradient: Tensor, wanted: dict[str, Tensor], quantities: list[Quantity]
+) -> None:
+    """When ``backward()`` ends, ``.grad`` must have grown by this loss' gradient: else the loss was composed."""
+    names = list(wanted)
+    before = [(p.grad, None if p.grad is None else p.grad._version) for p in wanted.values()]
+    values = [None if p.grad is None else p.grad.clone() for p in wanted.values()]
+    expected = torch.autograd.grad(output, list(wanted.values()), gradient, retain_graph=True, allow_unused=True)
+
+    def check() -> None:
+        for name, (grad, version), value, own in zip(names, before, values, expected, strict=True):
+            p = wanted[name]
+            if p.grad is None or (p.grad is grad and p.grad._version == version):
+                continue  # torch.autograd.grad, or backward(inputs=...): nothing was accumulated here
+            grown = p.grad if value is None else p.grad - value
+            own = torch.zeros_like(p) if own is None else own
+            scale = own.norm() + (0 if value is None else value.norm()) + gradient.norm() * p.norm() * 1e-3
+            if not (grown - own).norm() <= 1e-3 * scale + 1e-12:
+                for q in quantities:
+                    q.withdraw(wanted)
+                raise RuntimeError(
+                    f"backward() gave '{name}' a gradient that is not that of {type(loss_fn).__name__} alone (relative "
+                    f"difference {float((grown - own).norm() / scale):.1e}): the loss was composed with other terms, "
+                    "whose curvature bncurv does not know. Call backward() on the extended loss (times a positive "
+                    "number, if you like), and add the gradient of other terms in a backward() outside the block."
+                )
+
+    torch.autograd.Variable._execution_engine.queue_callback(check)
+
+
+# -------------------------------------------------------------------- context
+def _watch_context() -> None:
+    """Let BackPACK's context manager say so when a bncurv quantity inside it never ran.
+
+    Without an extended module no hook of ours is ever called, and the user would meet a bare AttributeError.
+    """
+    context = backpack_package.backpack
+    enter, leave = context.__enter__, context.__exit__
+
+    @functools.wraps(enter)
+    def entered(self):
+        self._bncurv_runs = {q: q.runs for q in self.exts if isinstance(q, Quantity)}
+        return enter(self)
+
+    @functools.wraps(leave)
+    def left(self, exc_type, exc_value, traceback):
+        leave(self, exc_type, exc_value, traceback)
+        idle = [type(q).__name__ for q, runs in self._bncurv_runs.items() if q.runs == runs]
+        if exc_type is None and idle:
+            raise RuntimeError(
+                f"{', '.join(idle)} did not run inside this 'with backpack(...)' block: no backward pass of an extended "
+                "loss took place. Call model = bncurv.extend(model) and loss_fn = bncurv.extend(loss_fn), and run "
+                "loss_fn(model(X), y).backward() inside the block."
+            )
+
+    context.__enter__, context.__exit__ = entered, left
+
+
+_watch_context()

@@ -1,0 +1,274 @@
+"""Losses: the symmetric factor S of the loss Hessian, S Sᵀ = ∇²_F L, with the reduction inside.
+
+A supported loss is a sum over independent *positions* of the output: position (n, t) holds ``e`` output entries
+(cross-entropy: the classes of a sample or pixel; squared error: a single entry), and the Hessian is block-diagonal
+over positions. `Factor.blocks` holds one small factor per position; column c = (t, j) of sample n is its j-th column.
+The scale (1/N of a mean reduction, class weights, the number of targets that count) sits in the blocks. One class
+per loss; `register_loss` adds one.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Symmetric factor of a loss Hessian, column by column.
+
+    Attributes:
+        blocks: ``[n, t, e, j]``, one factor per position.
+        layout: shape of the model's output; its axes are ``n, e, *t`` (``e`` absent when it is 1 per entry).
+    """
+
+    blocks: Tensor
+    layout: torch.Size
+
+    @property
+    def columns_per_sample(self) -> int:
+        """Number of columns c that each sample has."""
+        return self.blocks.shape[1] * self.blocks.shape[3]
+
+    def columns(self, c: slice) -> Tensor:
+        """Columns ``c`` of all samples, each in its own sample's row: ``[c, n, *output]``."""
+        n, t, e, j = self.blocks.shape
+        index = torch.arange(t * j, device=self.blocks.device)[c]
+        out = self.blocks.new_zeros(len(index), n, t, e)
+        row = torch.arange(len(index), device=index.device)
+        position, column = index // j, index % j
+        out[row, :, position] = rearrange(self.blocks[:, position, :, column], "k n e -> k n e")
+        return rearrange(out, "c n t e -> c n e t").reshape(len(index), *self.layout)
+
+
+class Loss(ABC):
+    """What bncurv needs to know of a loss; one subclass per loss module."""
+
+    @abstractmethod
+    def check(self, loss: nn.Module, output: Tensor, target: Tensor) -> None:
+        """Raise ValueError where the shapes of output and target do not fit."""
+
+    @abstractmethod
+    def gradient(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+        """∂L/∂F in closed form; compared with autograd, so that no wrong factor goes unnoticed."""
+
+    @abstractmethod
+    def blocks(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+        """Factor per position, ``[n, t, e, j]``."""
+
+
+def _same_shape(loss: nn.Module, output: Tensor, target: Tensor) -> None:
+    if output.shape != target.shape:
+        raise ValueError(
+            f"{type(loss).__name__} got a model output of shape {tuple(output.shape)} and a target of shape "
+            f"{tuple(target.shape)}; they must be equal (broadcasting would mix samples). Reshape the target."
+        )
+
+
+class CrossEntropy(Loss):
+    """``-Σ_e q_e log p_e`` at each position, q = weighted, smoothed target; H = (Σq)(diag p - p pᵀ)."""
+
+    def check(self, loss, output, target):
+        hard = not target.is_floating_point()
+        if output.dim() < 2:
+            raise ValueError(
+                f"CrossEntropyLoss got a model output of shape {tuple(output.shape)}; expected [N, C, ...] "
+                "with the batch first and the classes second."
+            )
+        expected = (output.shape[0], *output.shape[2:]) if hard else tuple(output.shape)
+        if tuple(target.shape) != expected:
+            kind = "class indices" if hard else "class probabilities"
+            raise ValueError(
+                f"CrossEntropyLoss got a model output of shape {tuple(output.shape)} and a target ({kind}) of shape "
+                f"{tuple(target.shape)}; expected {expected}. Reshape the target."
+            )
+
+    def _coefficients(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+        """q of each position, ``[n, *t, e]``, reduction included."""
+        classes, eps = output.shape[1], loss.label_smoothing
+        weight = output.new_ones(classes) if loss.weight is None else loss.weight
+        if target.is_floating_point():
+            soft = torch.movedim(target, 1, -1) * (1 - eps) + eps / classes
+            q, total = soft * weight, output.numel() / classes
+        else:
+            counts = target != loss.ignore_index
+            hot = nnf.one_hot(torch.where(counts, target, 0), classes).to(output.dtype)
+            soft = hot * (1 - eps) + eps / classes
+            q = soft * weight * counts[..., None]
+            total = (weight[torch.where(counts, target, 0)] * counts).sum()
+        return q / total if loss.reduction == "mean" else q
+
+    def gradient(self, loss, output, target):
+        q, p = self._coefficients(loss, output, target), torch.movedim(output.softmax(1), 1, -1)
+        return torch.movedim(q.sum(-1, keepdim=True) * p - q, -1, 1)
+
+    def blocks(self, loss, output, target):
+        # diag p - p pᵀ = L Lᵀ, L lower triangular with a zero last column (Tanabe & Sagae 1992, J. R. Stat. Soc. B 54):
+        # tail r_j = Σ_{i>j} p_i,  L_jj² = p_j r_j / r_{j-1},  L_ij = -(p_i / r_j) L_jj  for i > j;  C - 1 columns
+        q = self._coefficients(loss, output, target).reshape(len(output), -1, output.shape[1])
+        scale = q.sum(-1)
+        if bool((scale < 0).any()):
+            raise ValueError(
+                "CrossEntropyLoss: targets or class weights sum to a negative number, so the loss is not convex in "
+                "the model's output and has no GGN. Pass non-negative weights and probabilities."
+            )
+        p = torch.movedim(output.softmax(1), 1, -1).reshape(q.shape)
+        tail = p.flip(-1).cumsum(-1).flip(-1)  # r_{j-1} at index j
+        rest = tail[..., 1:]
+        diagonal = (p[..., :-1] * rest / tail[..., :-1]).sqrt().nan_to_num(0.0)
+        ratio = (p[..., :, None] / rest[..., None, :]).nan_to_num(0.0, posinf=0.0)
+        below = -ratio.tril(-1) * diagonal[..., None, :]
+        square = torch.zeros_like(below)
+        square[..., :-1, :] = torch.diag_embed(diagonal)
+        return (square + below) * scale[..., None, None].sqrt()
+
+
+class _Elementwise(Loss):
+    """Every output entry is its own position: e = j = 1."""
+
+    def check(self, loss, output, target):
+        _same_shape(loss, output, target)
+
+    @abstractmethod
+    def curvature(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+        """Second derivative per entry, reduction included."""
+
+    def blocks(self, loss, output, target):
+        second = self.curvature(loss, output, target)
+        if bool((second < 0).any()):
+            raise ValueError(
+                f"{type(loss).__name__}: negative weights make the loss non-convex in the model's output, so it has "
+                "no GGN. Pass non-negative weights."
+            )
+        return second.flatten(1)[..., None, None].sqrt()
+
+
+def _reduction_scale(loss: nn.Module, output: Tensor) -> float:
+    return 1 / output.numel() if loss.reduction == "mean" else 1.0
+
+
+class SquaredError(_Elementwise):
+    """``(F - y)²``; H = 2 (mean: over all N·C entries)."""
+
+    def gradient(self, loss, output, target):
+        return 2 * (output - target) * _reduction_scale(loss, output)
+
+    def curvature(self, loss, output, target):
+        return torch.full_like(output, 2 * _reduction_scale(loss, output))
+
+
+class BinaryCrossEntropy(_Elementwise):
+    """``-w (v y log σ + (1 - y) log(1 - σ))``, v = pos_weight; H = w (v y + 1 - y) σ (1 - σ)."""
+
+    def _scale(self, loss: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        weight = _reduction_scale(loss, output) * (1.0 if loss.weight is None else loss.weight)
+        return weight, (1.0 if loss.pos_weight is None else loss.pos_weight)
+
+    def gradient(self, loss, output, target):
+        weight, v = self._scale(loss, output, target)
+        p = output.sigmoid()
+        return weight * ((1 - target) * p - v * target * (1 - p))
+
+    def curvature(self, loss, output, target):
+        weight, v = self._scale(loss, output, target)
+        return weight * (v * target + 1 - target) * output.sigmoid() * (-output).sigmoid()
+
+
+LOSSES: dict[type[nn.Module], Loss] = {
+    nn.CrossEntropyLoss: CrossEntropy(),
+    nn.MSELoss: SquaredError(),
+    nn.BCEWithLogitsLoss: BinaryCrossEntropy(),
+}
+
+
+def register_loss(module_class: type[nn.Module], loss: Loss) -> None:
+    """Teach bncurv a loss module.
+
+    Args:
+        module_class: class of the loss module, called as ``loss_fn(output, target)``.
+        loss: its gradient and Hessian factor; the gradient is checked against autograd at every use.
+    """
+    LOSSES[module_class] = loss
+
+
+def find_loss(loss_fn: nn.Module) -> Loss:
+    """The table's entry for a loss module.
+
+    Raises:
+        TypeError: if the loss is not in the table.
+        ValueError: if it does not reduce to a scalar.
+    """
+    for cls in type(loss_fn).__mro__:
+        if cls in LOSSES:
+            break
+    else:
+        known = ", ".join(c.__name__ for c in LOSSES)
+        what = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
+        raise TypeError(
+            f"The loss is {what}; bncurv knows the Hessian factor of the modules {known}. Use one of these, or add "
+            "yours with bncurv.register_loss (README, 'Add a loss')."
+        )
+    if getattr(loss_fn, "reduction", "mean") not in ("mean", "sum"):
+        raise ValueError(
+            f"{type(loss_fn).__name__} has reduction='{loss_fn.reduction}'; expected 'mean' or 'sum', because the "
+            "curvature is that of one scalar. Construct the loss with reduction='mean' or 'sum'."
+        )
+    return LOSSES[cls]
+
+
+@dataclass(frozen=True)
+class LossAtBatch:
+    """The loss at one batch: gradient and Hessian factor with respect to the model's output.
+
+    Attributes:
+        gradient: ∂L/∂F ``[n, *output]``.
+        factor: the symmetric factor S.
+    """
+
+    gradient: Tensor
+    factor: Factor
+
+
+def evaluate(loss_fn: nn.Module, output: Tensor, target: Tensor, scale: float = 1.0) -> LossAtBatch:
+    """Gradient and factor of ``scale * loss_fn(output, target)`` at a batch.
+
+    Args:
+        loss_fn: a loss module of the table.
+        output: the model's output ``[N, ...]``.
+        target: the targets.
+        scale: what the loss was multiplied by before ``backward()``.
+
+    Raises:
+        TypeError, ValueError: where the loss, its options, or the shapes are not supported; also if the loss'
+            own gradient is not that of the table's formula (a subclass with another forward, say).
+    """
+    rule = find_loss(loss_fn)
+    rule.check(loss_fn, output, target)
+    if scale < 0:
+        raise ValueError(
+            f"The loss was multiplied by {scale:.3g} before backward(): a negative multiple of a convex loss has no "
+            "positive semi-definite GGN. Multiply by a positive number, or use ComponentGrad alone on the loss itself."
+        )
+    precise = copy.copy(loss_fn)
+    precise._buffers = {k: b.double() if b is not None and b.is_floating_point() else b for k, b in loss_fn._buffers.items()}
+    wide = target.double() if target.is_floating_point() else target
+    with torch.enable_grad():
+        leaf = output.detach().double().requires_grad_()
+        (actual,) = torch.autograd.grad(precise.forward(leaf, wide), leaf)  # forward: without anybody's hooks
+    with torch.no_grad():
+        expected = rule.gradient(precise, leaf, wide)
+        if not (actual - expected).norm() <= 1e-8 * (expected.norm() + actual.norm()) + 1e-14:
+            raise ValueError(
+                f"{type(loss_fn).__name__}: its gradient differs from the formula that bncurv has for this loss "
+                f"(by {(actual - expected).norm() / expected.norm():.1e} relative). Either the class overrides the "
+                "loss' forward, or the loss is undefined at this batch (NaN/inf, or no target that counts). Register "
+                "the loss with bncurv.register_loss, or correct the batch."
+            )
+        blocks = rule.blocks(precise, leaf, wide) * scale**0.5
+    return LossAtBatch((actual * scale).to(output.dtype), Factor(blocks.to(output.dtype), output.shape))

@@ -1,0 +1,247 @@
+"""What one forward pass leaves on its autograd graph, and how it is read back.
+
+A `Recorder` watches a forward pass without touching the model: it is a ``TorchFunctionMode``, so it sees every
+``torch`` call of user code (modules or functional). Calls of the layer table leave a `Call` on the graph node
+that they made; train-mode batch normalisations and registered coupled layers run gated and leave a `Coupling`.
+Nothing global is kept: the marks live and die with the graph. `trace` walks back from the output and collects them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from bncurv.layers import LAYERS, BatchNormTrain, Layer, Product
+from bncurv.statistics import COUPLED, Coupling, Gates, batch_norm, couple
+
+_MARK = "bncurv"
+MODEL = "bncurv.model"
+_TRAIN = BatchNormTrain()
+
+
+@dataclass(eq=False)
+class Call:
+    """One use of a table layer: the input it saw and the parameters it used."""
+
+    layer: Layer
+    name: str
+    arguments: dict[str, Any]
+    output: torch.Size
+    version: int
+    below: list[GradientEdge]
+
+    @property
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters among the arguments, with the names of their roles."""
+        for role in self.layer.parameters:
+            p = self.arguments.get(role)
+            if p is not None and p.requires_grad:
+                yield role, p
+
+    def product(self, role: str, delta: Tensor, rows: slice = slice(None)) -> Product:
+        """Operands of a parameter product for the input's ``rows``; ``delta [q, rows, ...]`` is sliced alike."""
+        x = self.arguments["input"]
+        if x._version != self.version:
+            raise RuntimeError(
+                f"The input of layer '{self.name}' was modified in place after the layer had used it, so its "
+                "gradient cannot be computed. Replace the in-place operation after this layer by its "
+                "out-of-place form."
+            )
+        make = getattr(self.layer, role)
+        return make(self.arguments, x.detach()[rows], delta[:, rows])
+
+
+class Mark(NamedTuple):
+    """Contents of a marked node."""
+
+    call: Call | None = None
+    coupling: Coupling | None = None
+    output_nr: int = 0
+    below: tuple[GradientEdge, ...] = ()
+
+
+class Recorder(TorchFunctionMode):
+    """Watch the forward pass of ``model`` inside a ``with`` block.
+
+    Args:
+        model: the model that runs in the block; gives modules their names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
+        self._stack: list[str] = [type(model).__name__]
+        self._gates = Gates()
+
+    def __enter__(self) -> Recorder:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter_module(self, module: nn.Module, args: tuple) -> None:
+        if id(module) in self._names:
+            self._stack.append(self._names[id(module)])
+
+    def _leave_module(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if id(module) not in self._names:
+            return None
+        pair = COUPLED.get(type(module))
+        if pair is not None and isinstance(output, Tensor) and args[0].requires_grad:
+            output = self._couple(module, args[0], output)
+        name = self._stack.pop()
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            output.grad_fn.metadata.setdefault("bncurv.module", (name, output.shape, output.output_nr))
+        return output if pair is not None else None
+
+    def _couple(self, module: nn.Module, x: Tensor, expected: Tensor) -> Tensor:
+        pair, name = COUPLED[type(module)], self._stack[-1]
+        with self:  # the layer's own parameters are recorded like any other's
+            y, coupling = couple(
+                lambda t: pair.stats(module, t), lambda t, s: pair.apply(module, t, s), x, name, self._gates
+            )
+        if not torch.allclose(y, expected, rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"The pair registered for {type(module).__name__} does not reproduce the output of module "
+                f"'{name}' (largest difference {(y - expected).abs().max():.2e}): apply(module, x, copies) with "
+                "copies = stats(module, x) expanded to one per sample must equal module(x). Correct the pair "
+                "given to bncurv.register_coupled."
+            )
+        if coupling is not None:
+            edge = get_gradient_edge(coupling.handle)
+            edge.node.metadata[_MARK] = Mark(coupling=coupling, output_nr=edge.output_nr, below=tuple(
+                GradientEdge(node, nr) for node, nr in edge.node.next_functions if node is not None
+            ))
+        return y
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        layer = LAYERS.get(func)
+        if layer is None or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        arguments = {**dict(zip(layer.arguments, args, strict=False)), **(kwargs or {})}
+        if func is nnf.batch_norm and arguments.get("training", False):
+            return self._batch_norm(arguments)
+        output = func(*args, **(kwargs or {}))
+        if layer.accepts(arguments):
+            self._mark(output, layer, arguments)
+        return output
+
+    def _batch_norm(self, arguments: dict[str, Any]) -> Tensor:
+        x, affine = arguments["input"], {role: arguments.get(role) for role in ("weight", "bias")}
+        fused = all(p is None or p.is_leaf for p in affine.values())
+        if not fused:  # a computed weight must stay on the graph: normalise, then multiply
+            arguments = {**arguments, "weight": None, "bias": None}
+        y, coupling, statistics = batch_norm(arguments, self._stack[-1], self._gates)
+        self._mark(y, _TRAIN, {**arguments, **statistics}, coupling)
+        if not fused:
+            axes = (1, -1) + (1,) * (x.dim() - 2)
+            for role, combine in (("weight", torch.mul), ("bias", torch.add)):
+                y = y if affine[role] is None else combine(y, affine[role].view(axes))
+        return y
+
+    def _mark(
+        self, output: Tensor, layer: Layer, arguments: dict[str, Any], coupling: Coupling | None = None
+    ) -> None:
+        given = [arguments.get(role) for role in layer.parameters]
+        learnt = [p for p in given if p is not None and p.requires_grad]
+        if output.grad_fn is None or not (learnt or coupling) or not all(p.is_leaf for p in learnt):
+            return
+        x = arguments["input"]
+        below = [get_gradient_edge(x)] if x.requires_grad else []
+        call = Call(layer, self._stack[-1], arguments, output.shape, x._version, below) if learnt else None
+        output.grad_fn.metadata[_MARK] = Mark(call, coupling, output.output_nr, tuple(below))
+
+
+@dataclass
+class Site:
+    """A marked node of a traced graph.
+
+    Attributes:
+        edge: where the output's cotangent is read.
+        upstream: bit set of the sites that the node's input depends on (bit j: ``trace.sites[j]``).
+    """
+
+    mark: Mark
+    edge: GradientEdge
+    upstream: int
+
+
+@dataclass
+class Trace:
+    """The marked part of a graph in forward order, and the parameters used outside of it."""
+
+    sites: list[Site] = field(default_factory=list)
+    modules: list[tuple[str, torch.Size, GradientEdge]] = field(default_factory=list)
+    loose: list[Tensor] = field(default_factory=list)
+
+
+def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
+    """Walk the graph behind ``output``.
+
+    Args:
+        output: the model's output.
+        wanted: the parameters asked for; those reached past the marked calls end in ``Trace.loose``.
+
+    Returns:
+        What the forward pass left, in forward order.
+    """
+    ids = {id(p) for p in wanted}
+    found = Trace()
+    reach: dict[Node, int] = {}  # node → bit set of the sites at or before it
+    stack: list[tuple[Node, bool]] = [(output.grad_fn, False)] if output.grad_fn is not None else []
+    while stack:
+        node, children_done = stack.pop()
+        if node in reach:
+            continue
+        mark: Mark | None = node.metadata.get(_MARK)
+        edges = mark.below if mark else [GradientEdge(*e) for e in node.next_functions if e[0] is not None]
+        if not children_done:
+            stack.append((node, True))
+            stack.extend((e.node, False) for e in edges if e.node not in reach)
+            continue
+        upstream = 0
+        for e in edges:
+            upstream |= reach[e.node]
+        if mark:
+            found.sites.append(Site(mark, GradientEdge(node, mark.output_nr), upstream))
+            upstream |= 1 << (len(found.sites) - 1)
+        reach[node] = upstream
+        module = node.metadata.get("bncurv.module")
+        if module:
+            found.modules.append((module[0], module[1], GradientEdge(node, module[2])))
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in ids:
+            found.loose.append(variable)
+    return found
+
+
+def models_behind(output: Tensor) -> list[nn.Module]:
+    """The extended models whose outputs ``output`` depends on."""
+    found: list[nn.Module] = []
+    seen: set[Node] = set()
+    stack = [output.grad_fn] if output.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        reference = node.metadata.get(MODEL)
+        model = reference() if reference else None
+        if model is not None and model not in found:
+            found.append(model)
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+    return found

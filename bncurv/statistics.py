@@ -1,0 +1,239 @@
+"""START HERE. The cut: a train-mode BatchNorm as batch statistics + a per-sample map, with a gate between.
+
+A layer that couples the samples of a batch is two steps, ``stats = stats(x)`` over the whole batch and then a
+*per-sample* map ``y_n = apply(x_n, stats)``. The gate between them decides what backpropagation sees:
+
+    open     the whole layer, ``y = apply(x, stats(x))`` (the truth; also what ``loss.backward()`` sees)
+    closed   the statistics held constant: nothing flows from one sample to another, and what would have
+             flowed into the statistics is handed out per sample instead, as the gradient with respect to
+             the ``handle [n, *stats]`` (design: the coefficients A).
+
+``statistics`` itself is a node of the graph, so that d statistics / d θ (design: P) is an ordinary backward pass.
+BatchNorm is built in, fused: its forward and open backward are PyTorch's own kernels, to the bit. Any other layer
+of this form joins by `register_coupled`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Gates:
+    """State of all gates of one forward pass: ``None`` outside bncurv, else ``"open"`` or ``"closed"``."""
+
+    def __init__(self) -> None:
+        self.state: str | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the statistics are held constant."""
+        return self.state == "closed"
+
+    @contextmanager
+    def set(self, state: str) -> Iterator[None]:
+        """Hold the gates in ``state`` inside the block."""
+        before, self.state = self.state, state
+        try:
+            yield
+        finally:
+            self.state = before
+
+
+@dataclass(eq=False)
+class Coupling:
+    """What one forward call of a coupled layer leaves behind.
+
+    Attributes:
+        name: qualified name of the module that made the call.
+        statistics: the batch statistics, a node of the graph above the layer's input.
+        handle: per-sample stand-in ``[n, *stats]``; with closed gates its gradient is the layer's part of A.
+        gates: the forward pass' gates.
+    """
+
+    name: str
+    statistics: Tensor
+    handle: Tensor
+    gates: Gates
+
+
+def _per_channel(x: Tensor, t: Tensor) -> Tensor:
+    return t.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _others(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+class _Moments(torch.autograd.Function):
+    """``x → (mean, biased variance) [2, channel]``; the values come from the fused forward."""
+
+    @staticmethod
+    def forward(ctx, x, mean, invstd, eps):
+        ctx.save_for_backward(x, mean)
+        return torch.stack([mean, invstd**-2 - eps])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        # x̄ = Σ x / m,  v = Σ (x - x̄)² / m   ⇒   dx = (ḡ + 2 v̄ (x - x̄)) / m
+        x, mean = ctx.saved_tensors
+        m = x.numel() // x.shape[1]
+        slope = _per_channel(x, 2 * g[1] / m)
+        offset = _per_channel(x, g[0] / m - 2 * g[1] * mean / m)
+        return slope * x + offset, None, None, None
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Train-mode batch normalisation, PyTorch's own kernels, with a gate before the statistics."""
+
+    @staticmethod
+    def forward(ctx, x, handle, weight, bias, running, momentum, eps, gates):
+        y, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
+            x, weight, bias, *running, True, momentum, eps, torch.backends.cudnn.enabled
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, reserve)
+        ctx.kind, ctx.eps, ctx.gates, ctx.running = kind, eps, gates, running
+        ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)
+        return y, mean, invstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, *_):
+        if g is None:
+            return (None,) * 8
+        if ctx.gates.state is None:
+            return _BatchNorm._plain(ctx, g)
+        x, weight, mean, invstd, _ = ctx.saved_tensors
+        scale = invstd if weight is None else invstd * weight
+        gx = _per_channel(x, scale) * g
+        needs_x, needs_handle, *_ = ctx.needs_input_grad
+        if ctx.gates.closed:
+            # y = (x - mean) scale + b, scale ~ (v + eps)^(-1/2):  d/dmean = -scale,  d/dv = -x̂ invstd scale / 2
+            handle = None
+            if needs_handle:
+                x_hat = (x - _per_channel(x, mean)) * _per_channel(x, invstd)
+                space = list(range(2, x.dim()))
+                first, second = gx, gx * x_hat
+                if space:
+                    first, second = first.sum(space), second.sum(space)
+                handle = -torch.stack([first, 0.5 * invstd * second], 1)
+            return (gx if needs_x else None), handle, *(None,) * 6
+        # dx = gx - mean(gx) - x̂ mean(gx x̂), means over all axes but the channel (Ioffe & Szegedy 2015, sec. 3)
+        x_hat = (x - _per_channel(x, mean)) * _per_channel(x, invstd)
+        first = gx.mean(_others(x), keepdim=True)
+        second = (gx * x_hat).mean(_others(x), keepdim=True)
+        return gx - first - x_hat * second, *(None,) * 7
+
+    @staticmethod
+    def _plain(ctx, g):
+        x, weight, mean, invstd, reserve = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
+            ctx.kind, x, g, weight, *ctx.running, mean, invstd, True, ctx.eps, mask, reserve
+        )
+        dw, db = (dw if mask[1] else None), (db if mask[2] else None)
+        return (dx if mask[0] else None), None, dw, db, None, None, None, None
+
+
+def batch_norm(
+    arguments: dict[str, Any], name: str, gates: Gates
+) -> tuple[Tensor, Coupling | None, dict[str, Tensor]]:
+    """A train-mode batch normalisation, gated.
+
+    Args:
+        arguments: arguments of ``torch.nn.functional.batch_norm`` by name.
+        name: qualified name of the calling module.
+        gates: the forward pass' gates.
+
+    Returns:
+        The output; the coupling (``None`` where the statistics depend on no gradient-requiring tensor); and the
+        statistics ``mean``, ``invstd`` for the affine part's parameter products.
+
+    Raises:
+        ValueError: if a channel has a single value, so that its variance is no statistic.
+    """
+    x = arguments["input"]
+    if x.dim() > 1 and x.numel() == x.shape[1]:
+        raise ValueError(
+            f"BatchNorm '{name}' is in training mode and got an input of shape {tuple(x.shape)}: one value per "
+            "channel has no batch statistics. Use a batch of at least 2 samples, or put this module in eval mode."
+        )
+    running = (arguments.get("running_mean"), arguments.get("running_var"))
+    momentum, eps = arguments.get("momentum", 0.1), arguments.get("eps", 1e-5)
+    handle = x.new_zeros(()).expand(x.shape[0], 2, x.shape[1]).requires_grad_(x.requires_grad)
+    y, mean, invstd = _BatchNorm.apply(
+        x, handle, arguments.get("weight"), arguments.get("bias"), running, momentum, eps, gates
+    )
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return y, None, {"mean": mean, "invstd": invstd}
+    statistics = _Moments.apply(x, mean, invstd, eps)
+    return y, Coupling(name, statistics, handle, gates), {"mean": mean, "invstd": invstd}
+
+
+class _Gate(torch.autograd.Function):
+    """Identity; closed, it lets no cotangent through."""
+
+    @staticmethod
+    def forward(ctx, statistics, gates):
+        ctx.gates = gates
+        return statistics.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return (None if ctx.gates.closed else g), None
+
+
+def couple(
+    stats: Callable[[Tensor], Tensor],
+    apply: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    name: str,
+    gates: Gates,
+) -> tuple[Tensor, Coupling | None]:
+    """The general pair: ``y = apply(x, copies)`` with one gated copy of ``stats(x)`` per sample."""
+    statistics = stats(x)
+    gated = _Gate.apply(statistics, gates)
+    handle = gated.expand(x.shape[0], *statistics.shape)
+    y = apply(x, handle)
+    if not statistics.requires_grad:
+        return y, None
+    return y, Coupling(name, statistics, handle, gates)
+
+
+@dataclass(frozen=True)
+class CoupledLayer:
+    """A coupled layer's pair of functions, see `register_coupled`."""
+
+    stats: Callable[[nn.Module, Tensor], Tensor]
+    apply: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+COUPLED: dict[type[nn.Module], CoupledLayer] = {}
+
+
+def register_coupled(
+    module_class: type[nn.Module],
+    stats: Callable[[nn.Module, Tensor], Tensor],
+    apply: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> None:
+    """Teach bncurv a layer that couples the samples of a batch through batch statistics.
+
+    Whenever a module of this class (exactly) runs under bncurv, its output is recomputed as
+    ``apply(module, x, copies)``; a certificate checks that nothing but the statistics couples samples.
+
+    Args:
+        module_class: the layer's class; its forward takes one tensor ``x [N, ...]``.
+        stats: ``(module, x) -> Tensor [*s]``, the batch statistics (stack several into one tensor).
+        apply: ``(module, x, copies) -> y`` with ``copies [N, *s]``: the rest of the layer, where sample ``n``
+            uses ``copies[n]`` only. ``apply(module, x, stats(module, x).expand(N, ...))`` must equal the
+            module's own output.
+    """
+    COUPLED[module_class] = CoupledLayer(stats, apply)

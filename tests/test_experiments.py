@@ -1,0 +1,85 @@
+"""The demo as a user runs it, and the functions that it shares with the notebook."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[ModuleType]:
+    """The script as a module."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    import digits_resnet
+
+    yield digits_resnet
+    sys.path.remove(str(EXPERIMENTS))
+
+
+def run_demo(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXPERIMENTS / "digits_resnet.py"), "--quick", "--out", str(out)]
+    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+
+
+def test_demo_prints_its_tables_and_saves_its_plots(tmp_path: Path) -> None:
+    done = run_demo(tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    for heading in ("trace", "largest", "own part", "coupling", "seconds", "passes", "limit"):
+        assert heading in done.stdout
+    for layer in ("block1.conv1", "block2.bn2", "fc", "all layers"):
+        assert f"\n{layer} " in done.stdout
+    assert "FAILED" not in done.stdout
+    assert "100%" in done.stderr  # progress bars
+
+    plots = sorted(tmp_path.glob("*.png"))
+    assert len(plots) == 3
+    for plot in plots:
+        assert str(plot) in done.stdout
+        assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+
+
+def test_demo_fails_when_the_accuracy_is_missed(tmp_path: Path) -> None:
+    done = run_demo(tmp_path, "--epochs", "1", "--batch-size", "8")
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED" in done.stdout
+
+
+def test_frozen_copy_has_the_same_outputs_but_independent_samples(demo: ModuleType) -> None:
+    X = demo.load_data().train_x[:16].double()
+    model = demo.SmallResNet(width=4).double().train()
+    frozen = demo.freeze_statistics(model, X)
+
+    assert not any(m.training for m in frozen.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    torch.testing.assert_close(frozen(X[:3]), model(X)[:3])
+
+
+def test_freezing_leaves_the_model_as_it_was(demo: ModuleType) -> None:
+    X = demo.load_data().train_x[:16]
+    model = demo.SmallResNet(width=4).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    demo.freeze_statistics(model, X)
+
+    assert all(m.training for m in model.modules())
+    assert not model.bn._forward_pre_hooks
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_wrong_value_fails_its_check(demo: ModuleType) -> None:
+    truth = {"weight": torch.tensor([1.0, -4.0])}
+    wrong = {"weight": torch.tensor([1.0, -3.0])}
+
+    assert demo.relative_error(truth, truth) == 0
+    assert demo.relative_error(wrong, truth) == 0.25
+    assert demo.Check("", 0.1, 0.2).passed and not demo.Check("", 0.3, 0.2).passed
+    assert demo.Check("", 0.3, 0.2, at_least=True).passed
+    assert not demo.Check("", float("nan"), 0.2).passed

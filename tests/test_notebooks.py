@@ -1,0 +1,34 @@
+"""Every notebook runs from top to bottom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
+
+    client.execute()  # raises at the first cell that fails
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_are_complete(path: Path) -> None:
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    pictures = [o for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
+
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert pictures, "a notebook is committed with its pictures"
+    assert not any(o.output_type == "error" for c in cells for o in c.outputs)
