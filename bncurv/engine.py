@@ -218,7 +218,7 @@ class Engine:
 
     def _zeros(self, name: str, *lead: int) -> Tensor:
         p = self.wanted[name]
-        return torch.zeros(*lead, *p.shape, dtype=self.output.dtype, device=p.device)
+        return torch.zeros((*lead, *p.shape), dtype=self.output.dtype, device=p.device)
 
     # ---------------------------------------------------------------- the two ways
     @torch.no_grad()

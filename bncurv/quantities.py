@@ -43,7 +43,7 @@ class Quantity(BackpropExtension):
     def start(self, parameters: dict[str, Tensor], samples: int, columns: int) -> dict[str, Tensor]:
         """Empty result for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component."""
         lead = (samples,) if self.per_component else ()
-        return {name: torch.zeros(*lead, *p.shape, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+        return {name: torch.zeros((*lead, *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
 
     def add(self, result: dict[str, Tensor], rows: Rows) -> None:
         """Put one block of V into the result."""

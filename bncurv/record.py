@@ -104,8 +104,9 @@ class Recorder(TorchFunctionMode):
         if pair is not None and isinstance(output, Tensor) and args[0].requires_grad:
             output = self._couple(module, args[0], output)
         name = self._stack.pop()
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            output.grad_fn.metadata.setdefault("bncurv.module", (name, output.shape, output.output_nr))
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, Tensor) and first.grad_fn is not None:
+            first.grad_fn.metadata.setdefault("bncurv.module", (name, first.shape, first.output_nr))
         return output if pair is not None else None
 
     def _couple(self, module: nn.Module, x: Tensor, expected: Tensor) -> Tensor:

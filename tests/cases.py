@@ -684,7 +684,7 @@ MODELS: list[Case] = [
     case("prelu", prelu_net, IMAGES, fallback=True),
     case("layer_scale", layer_scale_net, IMAGES, fallback=True),
     case("weight_norm", weight_norm_net, VECTORS, fallback=True),
-    case("tied_weights", tied_weights, VECTORS),
+    case("tied_weights", tied_weights, VECTORS, fallback=True),
 ]
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from statistics import mean
-from typing import Any
 
-import torch
-from meters import count_flops, gemm_rate, peak_memory, quiet_median, time_call
+from cell import Cell, Row
+from meters import Gate, quiet_median, time_call, total_memory
 from ours import available, ours
-from peers import Competitor, Outcome, peers
-from problem import JOBS, TOP, Job, Problem
+from peers import peers
+from problem import JOBS, Job, Problem
+from report import finished_row, skipped_row
 from torch import Tensor
-from tuning import CHUNKS, MIN_REPEATS, Entry, bytes_needed, plan, total_memory, tune
+from tuning import CHUNKS, MIN_REPEATS, Entry, bytes_needed, plan, tune
 
 MC_TARGET = 0.1  # relative error at which Monte-Carlo times are compared
-Row = dict[str, Any]
 
 
 @dataclass
@@ -25,8 +24,10 @@ class Settings:
     repeats: int = 7
     budget: float = 120.0
     min_time: float = 0.1
+    patience: float = 60.0  # seconds per cell to wait for busy neighbours
     chunks: tuple[int, ...] = CHUNKS
     only: tuple[str, ...] = ()  # parts of competitor names; empty: all
+    clock: str = "wall"
     known: dict[tuple[str, int, str], int] = field(default_factory=dict)  # tuned before
 
 
@@ -37,11 +38,11 @@ def measure_cell(problem: Problem, job_name: str, settings: Settings) -> list[Ro
     if settings.only:
         found = [c for c in found if any(part in c.name for part in settings.only)]
     entries = [Entry(c) for c in found]
-    share = settings.budget / max(1, len(entries))
+    share, gate = settings.budget / max(1, len(entries)), Gate(settings.patience)
     for entry in entries:
-        prepare(entry, entries, problem, job, share, settings)
-    take_samples([e for e in entries if not e.skipped], problem, share, settings)
-    return summarise(entries, problem, job, share)
+        prepare(entry, entries, problem, job, share, settings, gate)
+    take_samples([e for e in entries if not e.skipped], problem, share, settings, gate)
+    return summarise(entries, Cell(problem, job, share, settings.clock))
 
 
 def prepare(
@@ -51,6 +52,7 @@ def prepare(
     job: Job,
     share: float,
     settings: Settings,
+    gate: Gate,
 ) -> None:
     """Tune and plan one competitor; a failure or an excess becomes the reason to skip it."""
     competitor = entry.competitor
@@ -67,16 +69,16 @@ def prepare(
         if competitor.partial:
             key = problem.net, problem.n, competitor.name
             grid = (settings.known[key],) if key in settings.known else settings.chunks
-            tune(entry, problem, job, grid, share)
+            tune(entry, problem, job, grid, share, gate)
             if entry.chunk and job.name == "diag":
                 settings.known[key] = entry.chunk
-        plan(entry, problem, job, share, settings.min_time)
+        plan(entry, problem, job, share, settings.min_time, gate)
     except Exception as error:  # a peer's refusal is a result
         entry.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
 
 
 def take_samples(
-    entries: list[Entry], problem: Problem, share: float, settings: Settings
+    entries: list[Entry], problem: Problem, share: float, settings: Settings, gate: Gate
 ) -> None:
     """Rounds in alternating order until each has enough quiet samples or has used its share."""
     for turn in range(2 * settings.repeats):
@@ -87,47 +89,10 @@ def take_samples(
             late = len(entry.samples) >= MIN_REPEATS and entry.used + cost > share
             if done or late or (entry.samples and entry.used + cost > 2 * share):
                 continue
+            gate.wait()
             sample = time_call(lambda e=entry: e.call(problem), problem.device, entry.inner)
             entry.samples.append(sample)
             entry.used += sample.seconds * entry.inner
-
-
-def plain_flops(problem: Problem) -> tuple[int, int]:
-    """Counted FLOPs of one forward pass and of one plain backward pass of one cotangent."""
-    forward = count_flops(lambda: problem.model(problem.X))
-    F = problem.model(problem.X)
-    one = torch.ones_like(F)
-    backward = count_flops(
-        lambda: torch.autograd.grad(F, problem.params, one, retain_graph=True)
-    )
-    return forward, backward
-
-
-def finish_seconds(problem: Problem, job: Job) -> float:
-    """Seconds of the job's last step on stored rows (Gram matrix, eigenvalues)."""
-    if not job.stored or job.name == "components":
-        return 0.0
-    V = torch.randn(job.count(problem), problem.D, device=problem.device)
-    return time_call(lambda: job.finish([V]), problem.device).seconds
-
-
-def errors(job: Job, value: Any, reference: Any) -> tuple[float, float | None]:
-    """Relative error against the reference; for eigenpairs also the angle between the spaces."""
-    if job.name == "top10":
-        (w, U), (w0, U0) = value, reference
-        Q, Q0 = (torch.linalg.qr(u.double()).Q for u in (U, U0))
-        sine = torch.linalg.matrix_norm(Q - Q0 @ (Q0.T @ Q), 2).item()
-        return ((w[:TOP] - w0).abs().max() / w0[0]).item(), sine
-    if job.name == "spectrum":
-        size = max(len(value), len(reference))
-        value, reference = (_padded(v, size) for v in (value, reference))
-        return ((value - reference).abs().max() / reference[0]).item(), None
-    return ((value - reference).norm() / reference.norm()).item(), None
-
-
-def _padded(values: Tensor, size: int) -> Tensor:
-    """Append zeros."""
-    return torch.cat([values, values.new_zeros(size - len(values))])
 
 
 def exact_diagonal(problem: Problem, entries: list[Entry], share: float) -> Tensor | None:
@@ -148,11 +113,21 @@ def mean_error(entry: Entry, problem: Problem, exact: Tensor, share: float) -> f
     return mean(found)
 
 
-def summarise(entries: list[Entry], problem: Problem, job: Job, share: float) -> list[Row]:
-    """Rows of the results file."""
-    from report import finished_row, skipped_row
+def reference_run(cell: Cell, entries: list[Entry]) -> None:
+    """Where no plain way ran in full, run the fastest once in full if twice a share allows it."""
+    plain = [e for e in entries if e.tuned and not e.skipped]
+    if not plain or any(e.columns is None for e in plain):
+        return
+    best = min(plain, key=lambda e: min(e.tuned.values()))
+    if min(best.tuned.values()) * cell.K < 2 * cell.share and cell.job.name != "mc":
+        outcome = best.competitor.run(cell.problem, best.chunk, None)
+        cell.reference = best.competitor.name, outcome.value
 
-    cell = Cell(problem, job, share)
+
+def summarise(entries: list[Entry], cell: Cell) -> list[Row]:
+    """Rows of the results file."""
+    problem, job, share = cell.problem, cell.job, cell.share
+    reference_run(cell, entries)
     rows = [skipped_row(cell, e) if e.skipped else finished_row(cell, e) for e in entries]
     if job.name == "mc" and (exact := exact_diagonal(problem, entries, share)) is not None:
         for row, entry in zip(rows, entries, strict=True):
@@ -161,61 +136,3 @@ def summarise(entries: list[Entry], problem: Problem, job: Job, share: float) ->
                 row["reference"] = "exact diagonal"
                 row["seconds_at_target"] = row["seconds"] * (row["error"] / MC_TARGET) ** 2
     return rows
-
-
-class Cell:
-    """What the rows of a cell share: rates, FLOPs, the reference result."""
-
-    def __init__(self, problem: Problem, job: Job, share: float) -> None:
-        self.problem, self.job, self.share = problem, job, share
-        self.K = job.count(problem)
-        self.gemm = gemm_rate(problem.device, 2048, 3)
-        self.forward_flops, self.backward_flops = plain_flops(problem)
-        model, X = problem.model, problem.X
-        self.forward = min(
-            time_call(lambda: model(X), problem.device).seconds for _ in range(3)
-        )
-        self._finish: float | None = None
-        self.reference: tuple[str, Any] | None = None
-        self.partial_reference: tuple[str, Any] | None = None
-
-    @property
-    def finish(self) -> float:
-        """Seconds of the job's last step, measured when first needed."""
-        if self._finish is None:
-            self._finish = finish_seconds(self.problem, self.job)
-        return self._finish
-
-    def peak(self, entry: Entry) -> tuple[Outcome, int | None]:
-        """One more call as planned, for its result and its peak memory."""
-        self.problem.draw = 0
-        run = entry.competitor.run
-        return peak_memory(
-            lambda: run(self.problem, entry.chunk, entry.limit), self.problem.device
-        )
-
-    def check(self, competitor: Competitor, entry: Entry, outcome: Outcome) -> Row:
-        """Error against the first exact result (or the first one on one sample's columns)."""
-        columns, value = None, outcome.value
-        if entry.columns is not None:
-            columns = max(1, self.K // self.problem.n)
-            self.problem.draw = 0
-            value = competitor.run(self.problem, entry.chunk, columns).value
-            if self.partial_reference is None:
-                self.partial_reference = competitor.name, value
-            name, reference = self.partial_reference
-            found: tuple[float, float | None] = (
-                ((value - reference).norm() / reference.norm()).item(),
-                None,
-            )
-        else:
-            if self.reference is None and competitor.kind != "floor":
-                self.reference = competitor.name, value
-            if self.reference is None:
-                return {}
-            name, reference = self.reference
-            found = errors(self.job, value, reference)
-        if name == competitor.name:
-            return {"error": 0.0, "reference": name, "error_columns": columns}
-        row = {"error": found[0], "reference": name, "error_columns": columns}
-        return row | ({"error_space": found[1]} if found[1] is not None else {})

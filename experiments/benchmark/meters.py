@@ -22,10 +22,15 @@ QUIET = 0.12  # share of the CPUs that other processes may use in a sample that 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one call and the share of the CPUs used by other processes meanwhile."""
+    """Seconds of one call, its CPU seconds, and the share of the CPUs that others used."""
 
     seconds: float
     foreign: float
+    cpu: float
+
+    def on(self, clock: str) -> float:
+        """Seconds on the wall's clock or on the CPU's (fair with one thread only)."""
+        return self.cpu if clock == "cpu" else self.seconds
 
 
 def synchronize(device: torch.device) -> None:
@@ -52,14 +57,37 @@ def time_call(call: Callable[[], Any], device: torch.device, inner: int = 1) -> 
         call()
     synchronize(device)
     wall = time.perf_counter() - start
-    foreign = _busy_seconds() - busy - (time.process_time() - own)
-    return Sample(wall / inner, max(0.0, foreign) / (wall * (os.cpu_count() or 1)))
+    cpu = time.process_time() - own
+    foreign = max(0.0, _busy_seconds() - busy - cpu)
+    return Sample(wall / inner, foreign / (wall * (os.cpu_count() or 1)), cpu / inner)
 
 
-def quiet_median(samples: list[Sample]) -> tuple[float, int]:
-    """Median of the quiet samples (of all of them if fewer than three are), and how many are."""
-    quiet = [s.seconds for s in samples if s.foreign <= QUIET]
-    return median(quiet if len(quiet) >= 3 else [s.seconds for s in samples]), len(quiet)
+@dataclass
+class Gate:
+    """Waits for busy neighbours to stop, as long as its patience lasts."""
+
+    patience: float = 0.0
+
+    def wait(self) -> None:
+        """Return when other processes are quiet, or when the patience is used up."""
+        while self.patience > 0:
+            busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
+            time.sleep(0.15)
+            wall = time.perf_counter() - start
+            foreign = _busy_seconds() - busy - (time.process_time() - own)
+            if foreign <= QUIET * wall * (os.cpu_count() or 1):
+                return
+            self.patience -= wall
+
+
+def quiet_median(samples: list[Sample], clock: str = "wall") -> tuple[float, int]:
+    """Median of the quiet samples (of all of them if fewer than three are), and how many are.
+
+    On the CPU's clock all of them count: it is for a machine that is never quiet.
+    """
+    quiet = [s for s in samples if s.foreign <= QUIET]
+    counted = quiet if clock == "wall" and len(quiet) >= 3 else samples
+    return median(s.on(clock) for s in counted), len(quiet)
 
 
 def total_memory(device: torch.device) -> int:
@@ -107,9 +135,7 @@ class FlopMeter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet is torch.ops.aten.convolution:
@@ -135,9 +161,11 @@ def count_flops(call: Callable[[], Any]) -> int:
     return meter.flops
 
 
-def gemm_rate(device: torch.device, size: int = 4096, repeats: int = 5) -> float:
+def gemm_rate(
+    device: torch.device, clock: str = "wall", size: int = 4096, repeats: int = 5
+) -> float:
     """FLOP/s of a square float32 matrix product, median after one warm-up."""
     a, b = torch.randn(2, size, size, device=device)
     torch.mm(a, b)
-    seconds = [time_call(lambda: torch.mm(a, b), device).seconds for _ in range(repeats)]
-    return 2 * size**3 / median(seconds)
+    samples = [time_call(lambda: torch.mm(a, b), device) for _ in range(repeats)]
+    return 2 * size**3 / quiet_median(samples, clock)[0]

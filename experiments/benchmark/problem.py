@@ -33,7 +33,16 @@ class Problem:
         self.params = tuple(self.model.parameters())
         self.sizes = [p.numel() for p in self.params]
         self.D = sum(self.sizes)
+        self.activations = 0
+        hooks = [m.register_forward_hook(self._count) for m in self.model.modules()]
         self.classes = self.model(self.X).shape[1]
+        for hook in hooks:
+            hook.remove()
+
+    def _count(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        """Add a leaf module's output to the number of activations."""
+        if not list(module.children()):
+            self.activations += output.numel()
 
     @property
     def per_sample(self) -> int:

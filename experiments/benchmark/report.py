@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import datetime
 import platform
-from typing import TYPE_CHECKING, Any
 
 import torch
+from cell import Cell, Row
 from meters import count_flops, gemm_rate, quiet_median
 from tuning import Entry
 
-if TYPE_CHECKING:
-    from measure import Cell
 
-
-def _head(cell: Cell, entry: Entry) -> dict[str, Any]:
+def _head(cell: Cell, entry: Entry) -> Row:
     """What identifies a row."""
     problem, competitor = cell.problem, entry.competitor
     return {
@@ -30,30 +27,31 @@ def _head(cell: Cell, entry: Entry) -> dict[str, Any]:
     }
 
 
-def skipped_row(cell: Cell, entry: Entry) -> dict[str, Any]:
+def skipped_row(cell: Cell, entry: Entry) -> Row:
     """A competitor that was not timed, and why."""
     return _head(cell, entry) | {"seconds": None, "note": entry.skipped}
 
 
-def finished_row(cell: Cell, entry: Entry) -> dict[str, Any]:
+def finished_row(cell: Cell, entry: Entry) -> Row:
     """Time, memory, passes, FLOPs and error of one competitor."""
-    seconds, quiet = quiet_median(entry.samples)
+    seconds, quiet = quiet_median(entry.samples, cell.clock)
     scale = 1.0
     if entry.columns is not None:  # linear in the columns; the forward pass is paid once
         scale = cell.K / entry.columns
-        seconds = cell.forward + (seconds - cell.forward) * scale + cell.finish
+        forward = min(cell.forward, seconds / 2)
+        seconds = forward + (seconds - forward) * scale + cell.finish
     outcome, peak = cell.peak(entry)
     plain = cell.forward_flops + cell.K * cell.backward_flops
     flops, counted = _flops(cell, entry, plain)
-    stores = entry.columns is not None and cell.job.stored
+    keeps = cell.job.stored or entry.competitor.name == "func jacrev"
     row = _head(cell, entry) | {
         "seconds": seconds,
-        "fastest": min(s.seconds for s in entry.samples) if scale == 1.0 else None,
+        "fastest": min(s.on(cell.clock) for s in entry.samples) if scale == 1.0 else None,
         "samples": len(entry.samples),
         "quiet": quiet,
         "extrapolated": entry.columns is not None,
         "columns_timed": entry.columns or cell.K,
-        "peak_mib": None if peak is None or stores else peak / 2**20,
+        "peak_mib": None if peak is None or (keeps and entry.columns) else peak / 2**20,
         "passes": None if outcome.passes is None else round(outcome.passes * scale),
         "flops": flops,
         "flops_counted": counted,
@@ -97,7 +95,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, clock: str) -> Row:
     """Where and with what the numbers were taken."""
     packages = ("curvlinops-for-pytorch", "backpack-for-pytorch", "numpy", "scipy")
     cuda = device.type == "cuda"
@@ -110,6 +108,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "dtype": "float32",
         "tf32": torch.backends.cuda.matmul.allow_tf32 if cuda else None,
-        "gemm_gflops": gemm_rate(device) / 1e9,
+        "gemm_gflops": gemm_rate(device, clock) / 1e9,
         "packages": {name: _version(name) for name in packages},
     }

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from meters import Sample, total_memory
+from meters import Gate, Sample, total_memory
 from peers import Competitor
 from problem import Job, Problem
 
@@ -52,9 +52,11 @@ def _seconds(entry: Entry, problem: Problem, chunk: int, columns: int) -> float:
     return (time.perf_counter() - start) / (done or columns)
 
 
-def tune(entry: Entry, problem: Problem, job: Job, grid: tuple[int, ...], share: float) -> None:
+def tune(
+    entry: Entry, problem: Problem, job: Job, grid: tuple[int, ...], share: float, gate: Gate
+) -> None:
     """Find the chunk with the least time per column, within a quarter of the entry's share."""
-    start, K = time.perf_counter(), job.count(problem)
+    spent, K = 0.0, job.count(problem)
     chunks = (1,) if entry.competitor.single else tuple(c for c in grid if c < 2 * K) or grid[:1]
     room = 0.4 * total_memory(problem.device)
     entry.competitor.run(problem, chunks[0], min(K, chunks[0]))  # warm-up
@@ -62,19 +64,23 @@ def tune(entry: Entry, problem: Problem, job: Job, grid: tuple[int, ...], share:
     for chunk in chunks:
         columns = min(K, max(chunk, PROBE))
         best = min(entry.tuned.values(), default=0.0)
-        spent = time.perf_counter() - start
-        if best and (spent + best * columns > share / 4 or worse == 2 or _heavy(problem, chunk, room)):
+        late = spent + best * columns > share / 4
+        if best and (late or worse == 2 or _heavy(problem, chunk, room)):
             break
+        gate.wait()
         entry.tuned[chunk] = _seconds(entry, problem, chunk, columns)
+        spent += entry.tuned[chunk] * columns
         worse = worse + 1 if best and entry.tuned[chunk] > 1.3 * best else 0
     for _ in range(2):  # the three best again, the machine may have been busy
         for chunk in sorted(entry.tuned, key=entry.tuned.__getitem__)[:3]:
             columns = min(K, max(chunk, PROBE))
-            if time.perf_counter() - start + entry.tuned[chunk] * columns < share / 4:
+            if spent + entry.tuned[chunk] * columns < share / 4:
+                gate.wait()
                 again = _seconds(entry, problem, chunk, columns)
                 entry.tuned[chunk] = min(entry.tuned[chunk], again)
+                spent += again * columns
     entry.chunk = min(entry.tuned, key=entry.tuned.__getitem__)
-    entry.used = time.perf_counter() - start
+    entry.used = spent
 
 
 def _heavy(problem: Problem, chunk: int, room: float) -> bool:
@@ -82,7 +88,9 @@ def _heavy(problem: Problem, chunk: int, room: float) -> bool:
     return 4 * 4.0 * chunk * problem.activations > room
 
 
-def plan(entry: Entry, problem: Problem, job: Job, share: float, min_time: float) -> None:
+def plan(
+    entry: Entry, problem: Problem, job: Job, share: float, min_time: float, gate: Gate
+) -> None:
     """Warm up; decide between a full and a partial call and how many calls make a sample."""
     competitor, K = entry.competitor, job.count(problem)
     if competitor.partial:
@@ -92,6 +100,7 @@ def plan(entry: Entry, problem: Problem, job: Job, share: float, min_time: float
         if affordable < K:
             chunk = entry.chunk or 1
             entry.limit = max(chunk, affordable // chunk * chunk)
+    gate.wait()
     start = time.perf_counter()
     outcome = competitor.run(problem, entry.chunk, entry.limit)
     if problem.device.type == "cuda":

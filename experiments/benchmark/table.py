@@ -1,0 +1,128 @@
+"""Print ``results.json`` as Markdown: bncurv beside the best exact peer, or every competitor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+TITLES = {
+    "diag": "Exact GGN diagonal",
+    "spectrum": "All non-zero GGN eigenvalues",
+    "top10": "Ten largest eigenpairs",
+    "components": "Per-component gradients",
+    "mc": "Monte-Carlo GGN diagonal, at 10 % relative error",
+}
+
+
+def clock(row: Row) -> float | None:
+    """The seconds that are compared: for Monte Carlo, those to the target error."""
+    return row.get("seconds_at_target") or row["seconds"]
+
+
+def best(rows: list[Row], kind: str, name: str = "") -> Row | None:
+    """The fastest timed competitor of a kind."""
+    timed = [r for r in rows if r["kind"] == kind and clock(r) and name in r["competitor"]]
+    return min(timed, key=lambda r: clock(r) or 0.0, default=None)
+
+
+def seconds(row: Row | None) -> str:
+    """Time with three digits, ``~`` where extrapolated."""
+    if row is None or (value := clock(row)) is None:
+        return "–"
+    sign = "~" if row["extrapolated"] else ""
+    if value >= 1:
+        return f"{sign}{value:.3g} s"
+    return f"{sign}{1e3 * value:.3g} ms"
+
+
+def number(value: float | None, form: str) -> str:
+    """A formatted number or a dash."""
+    return "–" if value is None else format(value, form)
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def rate(row: Row | None) -> str:
+    """GFLOP/s and the share of the GEMM rate."""
+    if row is None or row.get("gflops") is None:
+        return "–"
+    return f"{row['gflops']:.0f} ({row['gemm_fraction']:.0%})"
+
+
+def summary(cells: list[list[Row]]) -> str:
+    """One line per cell: best peer, floor, ours, ratio."""
+    header = ["net", "C", "N", "best peer", "time", "MiB", "passes", "GFLOP/s (of GEMM)"]
+    header += ["bncurv", "time", "MiB", "passes", "GFLOP/s (of GEMM)", "error", "ratio"]
+    header += ["BN in eval mode"]
+    lines = []
+    for rows in cells:
+        peer, mine = best(rows, "peer"), best(rows, "ours", "auto")
+        first = rows[0]
+        line = [first["net"], str(first["classes"]), str(first["n"])]
+        for row, name in ((peer, _way(peer)), (mine, _way(mine))):
+            got = row or {}
+            line += [name, seconds(row), number(got.get("peak_mib"), ".0f")]
+            line += [number(got.get("passes"), "d"), rate(row)]
+        line.append(number((mine or {}).get("error"), ".0e"))
+        line.append(f"**{clock(peer) / clock(mine):.1f}×**" if peer and mine else "–")
+        line.append(seconds(best(rows, "floor")))
+        lines.append(line)
+    return table(header, lines)
+
+
+def _way(row: Row | None) -> str:
+    """Name and chunk of a peer, the way that auto took."""
+    if row is None:
+        return "–"
+    if row["kind"] == "ours":
+        return "coupled" if "coupled" in row["note"] else "dense" if "dense" in row["note"] else ""
+    return row["competitor"] + (f", {row['chunk']}" if (row["chunk"] or 1) > 1 else "")
+
+
+def everything(cells: list[list[Row]]) -> str:
+    """One line per competitor."""
+    header = ["net", "N", "competitor", "chunk", "time", "MiB", "passes", "GFLOP/s (of GEMM)"]
+    header += ["error", "quiet samples", "note"]
+    lines = []
+    for row in (row for rows in cells for row in rows):
+        line = [row["net"], str(row["n"]), row["competitor"], str(row["chunk"] or "–")]
+        line += [seconds(row), number(row.get("peak_mib"), ".0f")]
+        line += [number(row.get("passes"), "d"), rate(row), number(row.get("error"), ".0e")]
+        line += [f"{row['quiet']}/{row['samples']}" if row["seconds"] else "–", row["note"]]
+        lines.append(line)
+    return table(header, lines)
+
+
+def main() -> None:
+    """Print one table per job."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default=here / "results" / "results.json")
+    parser.add_argument("--full", action="store_true", help="every competitor")
+    parser.add_argument("--jobs", type=lambda s: s.split(","), help=",".join(TITLES))
+    args = parser.parse_args()
+    content = json.loads(args.file.read_text())
+    env, settings = content["environment"], content["settings"]
+    where = env["cpu"] if env["device"] == "cpu" else env["device"]
+    print(
+        f"{where}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}, "
+        f"GEMM {env['gemm_gflops']:.0f} GFLOP/s, {settings['clock']} clock, {env['date']}. "
+        "Times are medians; ~ is extrapolated from a part of the columns."
+    )
+    for job in args.jobs or TITLES:
+        rows = [row for row in content["rows"] if row["job"] == job]
+        cells = [list(g) for _, g in groupby(rows, key=lambda r: (r["net"], r["n"]))]
+        if cells:
+            print(f"\n### {TITLES[job]}\n\n" + (everything if args.full else summary)(cells))
+
+
+if __name__ == "__main__":
+    main()
