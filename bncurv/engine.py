@@ -11,11 +11,13 @@ Glossary: one meaning per letter in the whole package.
               sits inside S and inside the gradient, nowhere else
     V[k]      J_θFᵀ s_k, one row per component, J the Jacobian of the whole batch;  GGN = Σ_k V[k] V[k]ᵀ
     own[k]    the part of V[k] with the batch statistics held constant: involves sample n alone
-    A[q, k]   ∂F/∂statisticsᵀ s_k: the same pass' gradient with respect to the statistics
-    P[q]      d statistics_q / dθ: one ordinary backward pass per direction, whatever N is
+    A[q, k]   (d F / d statistics)ᵀ s_k: read off the same pass, then carried down through the lower statistics
+    B[q, q']  ∂ statistics_q / ∂ statistics_q', those of a lower layer, all others held constant
+    P[q]      ∂ statistics_q / ∂θ with the statistics of lower layers held constant: one backward pass each
 
-The coupled way takes C passes for own and A and R passes for P; R = Σ 2·channels over the BatchNorms, and a
-direction passes only the layers below its BatchNorm. The dense way backpropagates all N·C columns. Both are exact.
+All passes run with closed gates. The coupled way takes C passes for own and A and R passes for P and B, whatever N is;
+R = Σ 2·channels over the BatchNorms, and a direction passes only the layers below its BatchNorm. The dense way
+backpropagates all N·C columns with open gates. Both are exact.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from bncurv.certificate import find_mixing
 from bncurv.costs import Costs, chunks
@@ -92,7 +94,7 @@ class Engine:
         self.uses = self._find_uses()
         self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self._calls_in(s.upstream)]
         self.costs = Costs(self, columns)
-        self._corrections: dict[str, Tensor] | None = None
+        self._directions: tuple[dict[str, Tensor], dict[int, dict[int, Tensor]]] | None = None
         self._slow = self._without_product()
         self.way = self._choose(method)
 
@@ -125,8 +127,8 @@ class Engine:
     def _site_edges(self, sites: list[int]) -> list[GradientEdge]:
         return [self.trace.sites[j].edge for j in sites]
 
-    def _handle(self, j: int) -> GradientEdge:
-        return get_gradient_edge(self.trace.sites[j].mark.coupling.handle)
+    def _couplings_in(self, sites: int) -> list[int]:
+        return [j for j in self.couplings if sites >> j & 1]
 
     # ---------------------------------------------------------------- which way
     def _choose(self, method: str) -> str:
@@ -154,10 +156,9 @@ class Engine:
 
     def _mixing(self) -> str | None:
         for site in self.trace.sites:
-            coupling = site.mark.coupling
-            if coupling and coupling.handle.shape[0] % self.samples:
+            if site.mark.coupling and site.mark.rows % self.samples:
                 return (
-                    f"the input of '{coupling.name}' has first axis {coupling.handle.shape[0]}, which is no multiple "
+                    f"the input of '{site.mark.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
         with self._gates("closed"):
@@ -189,7 +190,7 @@ class Engine:
             )
         )
 
-    def _summed(self, sites: list[int], deltas: list[Tensor | None], q: int) -> dict[str, Tensor]:
+    def _summed(self, sites: list[int], deltas: list[Tensor | None]) -> dict[str, Tensor]:
         """Parameter products summed over the batch: ``[q, *p]`` per parameter used at ``sites``."""
         cotangent = dict(zip(sites, deltas, strict=True))
         out: dict[str, Tensor] = {}
@@ -212,7 +213,7 @@ class Engine:
         with torch.no_grad(), self._gates("open"):
             edges = self._site_edges(sites) + [self.wanted[name] for name in loose]
             got = self.vjp(self.output, edges, cotangents)
-            summed = self._summed(sites, got[: len(sites)], q)
+            summed = self._summed(sites, got[: len(sites)])
         summed |= {name: g for name, g in zip(loose, got[len(sites) :], strict=True) if g is not None}
         return {name: summed.get(name, self._zeros(name, q)) for name in names}
 
@@ -247,27 +248,22 @@ class Engine:
 
     def _coupled(self, source: Source) -> Iterator[Rows]:
         names = [name for name in self.wanted if name not in self._slow]
-        sites = sorted({j for name in names for j, _ in self.uses.get(name, ())})
-        corrections = self._direction_products()
-        edges = self._site_edges(sites) + [self._handle(j) for j in self.couplings]
+        calls = sorted({j for name in names for j, _ in self.uses.get(name, ())})
+        sites = sorted({*calls, *self.couplings})
+        products, _ = self._pull_directions()
         for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk()):
             columns = source.columns(c)
             with self._gates("closed"):
-                got = self.vjp(self.output, edges, columns)
-            delta = dict(zip(sites, got, strict=False))
-            a = {
-                j: self._coefficients(g, columns.shape[0])
-                for j, g in zip(self.couplings, got[len(sites) :], strict=True)
-            }
+                delta = dict(zip(sites, self.vjp(self.output, self._site_edges(sites), columns), strict=True))
+            a = self._coefficients(delta, columns.shape[0])
             for name in names:
-                coefficients = [a[j] for j in self._above(name)]
-                A = torch.cat(coefficients, -1) if coefficients else None  # [n, c, R]
+                A = torch.cat([a[j] for j in self._above(name)], -1) if self._above(name) else None  # [n, c, R]
                 for n in self._row_chunks(name, columns.shape[0]):
                     rows = self._own(name, delta, n, columns.shape[0])
                     if A is not None:
                         # V[k] = own[k] + Σ_q A[q, k] P[q]
                         flat = rows.view(-1, self.wanted[name].numel())
-                        flat.addmm_(A[n].flatten(0, 1), corrections[name].flatten(1))
+                        flat.addmm_(A[n].flatten(0, 1), products[name].flatten(1))
                     yield Rows(name, rows, n, c)
 
     def _own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:
@@ -290,32 +286,55 @@ class Engine:
         bits = sum({1 << j for j, _ in self.uses.get(name, ())})
         return [j for j in self.couplings if self.trace.sites[j].upstream & bits]
 
-    def _coefficients(self, g: Tensor | None, count: int) -> Tensor:
-        """A of one layer as ``[n, c, R]`` from the gradient of its handle ``[c, n·t, *stats]``."""
-        if g is None:
-            return self.output.new_zeros(self.samples, count, 1)
-        return g.reshape(count, self.samples, -1, g.shape[2:].numel()).sum(2).transpose(0, 1)
-
-    def _direction_products(self) -> dict[str, Tensor]:
-        """P: for each parameter, d statistics / d parameter ``[R, *p]`` for the couplings above it, in order."""
-        if self._corrections is not None:
-            return self._corrections
-        parts: dict[str, list[Tensor]] = {}
+    def _coefficients(self, delta: dict[int, Tensor | None], count: int) -> dict[int, Tensor]:
+        """A of every coupling, ``[n, c, R]``: direct part, then what arrives through the couplings above it."""
+        _, between = self._pull_directions()
+        a: dict[int, Tensor] = {}
         for j in self.couplings:
-            statistics = self.trace.sites[j].mark.coupling.statistics
-            sites = self._calls_in(self.trace.sites[j].upstream)
-            count = statistics.numel()
-            eye = torch.eye(count, dtype=statistics.dtype, device=statistics.device)
-            for q in chunks(count, self.chunk_size or self.costs.direction_chunk(j)):
-                cotangents = eye[q].view(-1, *statistics.shape)
-                with self._gates("open"):
-                    deltas = self.vjp(statistics, self._site_edges(sites), cotangents)
-                rows = self._summed(sites, deltas, len(cotangents))
-                for name in self.uses:
-                    if j in self._above(name):
-                        parts.setdefault(name, []).append(rows.get(name, self._zeros(name, len(cotangents))))
-        self._corrections = {name: torch.cat(rows) for name, rows in parts.items()}
-        return self._corrections
+            coupling, d = self.trace.sites[j].mark.coupling, delta[j]
+            if d is None:
+                a[j] = self.output.new_zeros(self.samples, count, coupling.statistics.numel())
+            else:
+                rows = coupling.per_sample(d)  # [c, n·t, R]
+                a[j] = rows.reshape(count, self.samples, -1, rows.shape[-1]).sum(2).transpose(0, 1)
+        for upper in reversed(self.couplings):
+            for lower, b in between[upper].items():
+                a[lower] = a[lower] + a[upper] @ b
+        return a
+
+    def _pull_directions(self) -> tuple[dict[str, Tensor], dict[int, dict[int, Tensor]]]:
+        """P ``[R, *p]`` per parameter for the couplings above it, in order; B by upper and lower coupling."""
+        if self._directions is None:
+            parts: dict[str, list[Tensor]] = {}
+            between: dict[int, dict[int, Tensor]] = {}
+            for j in self.couplings:
+                rows, between[j] = self._pull_statistics(j)
+                for name, r in rows.items():
+                    parts.setdefault(name, []).append(r)
+            self._directions = {name: torch.cat(rows) for name, rows in parts.items()}, between
+        return self._directions
+
+    def _pull_statistics(self, j: int) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """P and B of one coupling: its statistics, one coordinate after the other, pulled back."""
+        site = self.trace.sites[j]
+        statistics, lower = site.mark.coupling.statistics, self._couplings_in(site.upstream)
+        sites = sorted({*self._calls_in(site.upstream), *lower})
+        names = [name for name in self.uses if j in self._above(name)]
+        eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
+        products: dict[str, list[Tensor]] = {name: [] for name in names}
+        between: dict[int, list[Tensor]] = {i: [] for i in lower}
+        for q in chunks(len(eye), self.chunk_size or self.costs.direction_chunk(j)):
+            cotangents = eye[q].view(-1, *statistics.shape)
+            with self._gates("closed"):
+                deltas = self.vjp(statistics, self._site_edges(sites), cotangents)
+            rows = self._summed(sites, deltas)
+            for name in names:
+                products[name].append(rows.get(name, self._zeros(name, len(cotangents))))
+            for i in lower:
+                d, below = deltas[sites.index(i)], self.trace.sites[i].mark.coupling
+                zero = eye.new_zeros(len(cotangents), below.statistics.numel())
+                between[i].append(zero if d is None else below.summed(d))
+        return {n: torch.cat(r) for n, r in products.items()}, {i: torch.cat(b) for i, b in between.items()}
 
     def _row_chunks(self, name: str, count: int) -> Iterator[slice]:
         if self.chunk_size:

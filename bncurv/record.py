@@ -60,11 +60,12 @@ class Call:
 
 
 class Mark(NamedTuple):
-    """Contents of a marked node."""
+    """Contents of a marked node: a table call, a coupling, or both; ``rows`` is the output's first axis."""
 
     call: Call | None = None
     coupling: Coupling | None = None
     output_nr: int = 0
+    rows: int = 0
     below: tuple[GradientEdge, ...] = ()
 
 
@@ -112,7 +113,7 @@ class Recorder(TorchFunctionMode):
     def _couple(self, module: nn.Module, x: Tensor, expected: Tensor) -> Tensor:
         pair, name = COUPLED[type(module)], self._stack[-1]
         with self:  # the layer's own parameters are recorded like any other's
-            y, coupling = couple(
+            y, copies, coupling = couple(
                 lambda t: pair.stats(module, t), lambda t, s: pair.apply(module, t, s), x, name, self._gates
             )
         if not torch.allclose(y, expected, rtol=1e-3, atol=1e-5):
@@ -123,10 +124,9 @@ class Recorder(TorchFunctionMode):
                 "given to bncurv.register_coupled."
             )
         if coupling is not None:
-            edge = get_gradient_edge(coupling.handle)
-            edge.node.metadata[_MARK] = Mark(coupling=coupling, output_nr=edge.output_nr, below=tuple(
-                GradientEdge(node, nr) for node, nr in edge.node.next_functions if node is not None
-            ))
+            node = copies.grad_fn
+            below = tuple(GradientEdge(*e) for e in node.next_functions if e[0] is not None)
+            node.metadata[_MARK] = Mark(coupling=coupling, output_nr=copies.output_nr, rows=len(copies), below=below)
         return y
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -164,7 +164,7 @@ class Recorder(TorchFunctionMode):
         x = arguments["input"]
         below = [get_gradient_edge(x)] if x.requires_grad else []
         call = Call(layer, self._stack[-1], arguments, output.shape, x._version, below) if learnt else None
-        output.grad_fn.metadata[_MARK] = Mark(call, coupling, output.output_nr, tuple(below))
+        output.grad_fn.metadata[_MARK] = Mark(call, coupling, output.output_nr, len(output), tuple(below))
 
 
 @dataclass

@@ -4,23 +4,24 @@ A layer that couples the samples of a batch is two steps, ``stats = stats(x)`` o
 *per-sample* map ``y_n = apply(x_n, stats)``. The gate between them decides what backpropagation sees:
 
     open     the whole layer, ``y = apply(x, stats(x))`` (the truth; also what ``loss.backward()`` sees)
-    closed   the statistics held constant: nothing flows from one sample to another, and what would have
-             flowed into the statistics is handed out per sample instead, as the gradient with respect to
-             the ``handle [n, *stats]`` (design: the coefficients A).
+    closed   the statistics held constant: nothing flows from one sample to another; what would have flowed
+             into the statistics is read off per sample instead (`Coupling.per_sample`: the coefficients A).
 
-``statistics`` itself is a node of the graph, so that d statistics / d θ (design: P) is an ordinary backward pass.
+``statistics`` itself is a node of the graph, so that d statistics / d θ (P) is an ordinary backward pass from there.
 BatchNorm is built in, fused: its forward and open backward are PyTorch's own kernels, to the bit. Any other layer
 of this form joins by `register_coupled`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -36,31 +37,71 @@ class Gates:
         """Whether the statistics are held constant."""
         return self.state == "closed"
 
-    @contextmanager
-    def set(self, state: str) -> Iterator[None]:
-        """Hold the gates in ``state`` inside the block."""
-        before, self.state = self.state, state
-        try:
-            yield
-        finally:
-            self.state = before
 
-
-@dataclass(eq=False)
-class Coupling:
+class Coupling(ABC):
     """What one forward call of a coupled layer leaves behind.
 
     Attributes:
         name: qualified name of the module that made the call.
         statistics: the batch statistics, a node of the graph above the layer's input.
-        handle: per-sample stand-in ``[n, *stats]``; with closed gates its gradient is the layer's part of A.
         gates: the forward pass' gates.
     """
 
-    name: str
-    statistics: Tensor
-    handle: Tensor
-    gates: Gates
+    def __init__(self, name: str, statistics: Tensor, gates: Gates) -> None:
+        self.name, self.statistics, self.gates = name, statistics, gates
+
+    @abstractmethod
+    def per_sample(self, delta: Tensor) -> Tensor:
+        """Closed gates: gradient with respect to sample n's use of the statistics, ``[q, n, R]``.
+
+        Args:
+            delta: cotangents ``[q, n, ...]`` at the edge where the recorder put the mark.
+        """
+
+    def summed(self, delta: Tensor) -> Tensor:
+        """The same summed over the samples, ``[q, R]``."""
+        return self.per_sample(delta).sum(1)
+
+
+class HandleCoupling(Coupling):
+    """General pair: the mark sits on the per-sample copies of the statistics, whose gradient is the answer."""
+
+    def per_sample(self, delta: Tensor) -> Tensor:
+        """Flatten the copies' gradient."""
+        return delta.flatten(2)
+
+
+class BatchNormCoupling(Coupling):
+    """BatchNorm: the mark sits on the layer's output y = (x - mean) scale + bias, scale = weight (v + eps)^(-1/2)."""
+
+    def __init__(self, name, statistics, gates, x, mean, invstd, weight) -> None:
+        super().__init__(name, statistics, gates)
+        self._x, self._mean, self._invstd = x, mean, invstd
+        self._scale = invstd if weight is None else invstd * weight
+
+    @functools.cached_property
+    def normalised(self) -> Tensor:
+        """x̂, kept while the graph lives."""
+        return (self._x - _per_channel(self._x, self._mean)) * _per_channel(self._x, self._invstd)
+
+    def per_sample(self, delta: Tensor) -> Tensor:
+        """d/dmean = -scale Σ_s δ,  d/dv = -½ scale invstd Σ_s δ x̂."""
+        q, n, channels = delta.shape[:3]
+        delta = delta.reshape(q, n, channels, -1)
+        first = delta.sum(3)
+        second = torch.einsum("qncs,ncs->qnc", delta, self.normalised.reshape(n, channels, -1))
+        return self._coefficients(first, second)
+
+    def summed(self, delta: Tensor) -> Tensor:
+        """The same; the two sums over samples and positions are one batched matrix product."""
+        q, n, channels = delta.shape[:3]
+        rows = rearrange(delta.reshape(q, n, channels, -1), "q n c s -> c q (n s)")
+        hat = rearrange(self.normalised.reshape(n, channels, -1), "n c s -> c (n s)")
+        first, second = torch.matmul(rows, torch.stack([torch.ones_like(hat), hat], -1)).unbind(-1)
+        return self._coefficients(first.T, second.T)
+
+    def _coefficients(self, first: Tensor, second: Tensor) -> Tensor:
+        return -torch.cat([self._scale * first, 0.5 * self._invstd * self._scale * second], -1)
 
 
 def _per_channel(x: Tensor, t: Tensor) -> Tensor:
@@ -94,7 +135,7 @@ class _BatchNorm(torch.autograd.Function):
     """Train-mode batch normalisation, PyTorch's own kernels, with a gate before the statistics."""
 
     @staticmethod
-    def forward(ctx, x, handle, weight, bias, running, momentum, eps, gates):
+    def forward(ctx, x, weight, bias, running, momentum, eps, gates):
         y, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
             x, weight, bias, *running, True, momentum, eps, torch.backends.cudnn.enabled
         )
@@ -108,39 +149,29 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, *_):
         if g is None:
-            return (None,) * 8
+            return (None,) * 7
         if ctx.gates.state is None:
             return _BatchNorm._plain(ctx, g)
         x, weight, mean, invstd, _ = ctx.saved_tensors
         scale = invstd if weight is None else invstd * weight
         gx = _per_channel(x, scale) * g
-        needs_x, needs_handle, *_ = ctx.needs_input_grad
         if ctx.gates.closed:
-            # y = (x - mean) scale + b, scale ~ (v + eps)^(-1/2):  d/dmean = -scale,  d/dv = -x̂ invstd scale / 2
-            handle = None
-            if needs_handle:
-                x_hat = (x - _per_channel(x, mean)) * _per_channel(x, invstd)
-                space = list(range(2, x.dim()))
-                first, second = gx, gx * x_hat
-                if space:
-                    first, second = first.sum(space), second.sum(space)
-                handle = -torch.stack([first, 0.5 * invstd * second], 1)
-            return (gx if needs_x else None), handle, *(None,) * 6
+            return gx, *(None,) * 6
         # dx = gx - mean(gx) - x̂ mean(gx x̂), means over all axes but the channel (Ioffe & Szegedy 2015, sec. 3)
         x_hat = (x - _per_channel(x, mean)) * _per_channel(x, invstd)
         first = gx.mean(_others(x), keepdim=True)
         second = (gx * x_hat).mean(_others(x), keepdim=True)
-        return gx - first - x_hat * second, *(None,) * 7
+        return gx - first - x_hat * second, *(None,) * 6
 
     @staticmethod
     def _plain(ctx, g):
         x, weight, mean, invstd, reserve = ctx.saved_tensors
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        mask = list(ctx.needs_input_grad[:3])
         dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
             ctx.kind, x, g, weight, *ctx.running, mean, invstd, True, ctx.eps, mask, reserve
         )
         dw, db = (dw if mask[1] else None), (db if mask[2] else None)
-        return (dx if mask[0] else None), None, dw, db, None, None, None, None
+        return (dx if mask[0] else None), dw, db, None, None, None, None
 
 
 def batch_norm(
@@ -168,14 +199,14 @@ def batch_norm(
         )
     running = (arguments.get("running_mean"), arguments.get("running_var"))
     momentum, eps = arguments.get("momentum", 0.1), arguments.get("eps", 1e-5)
-    handle = x.new_zeros(()).expand(x.shape[0], 2, x.shape[1]).requires_grad_(x.requires_grad)
-    y, mean, invstd = _BatchNorm.apply(
-        x, handle, arguments.get("weight"), arguments.get("bias"), running, momentum, eps, gates
-    )
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return y, None, {"mean": mean, "invstd": invstd}
-    statistics = _Moments.apply(x, mean, invstd, eps)
-    return y, Coupling(name, statistics, handle, gates), {"mean": mean, "invstd": invstd}
+    weight = arguments.get("weight")
+    y, mean, invstd = _BatchNorm.apply(x, weight, arguments.get("bias"), running, momentum, eps, gates)
+    coupling = None
+    if x.requires_grad and torch.is_grad_enabled():
+        statistics = _Moments.apply(x, mean, invstd, eps)
+        fixed = None if weight is None else weight.detach()
+        coupling = BatchNormCoupling(name, statistics, gates, x.detach(), mean, invstd, fixed)
+    return y, coupling, {"mean": mean, "invstd": invstd}
 
 
 class _Gate(torch.autograd.Function):
@@ -197,15 +228,15 @@ def couple(
     x: Tensor,
     name: str,
     gates: Gates,
-) -> tuple[Tensor, Coupling | None]:
-    """The general pair: ``y = apply(x, copies)`` with one gated copy of ``stats(x)`` per sample."""
+) -> tuple[Tensor, Tensor, Coupling | None]:
+    """The general pair: ``y = apply(x, copies)`` with one gated copy of ``stats(x)`` per sample; y, copies, coupling."""
     statistics = stats(x)
     gated = _Gate.apply(statistics, gates)
     handle = gated.expand(x.shape[0], *statistics.shape)
     y = apply(x, handle)
     if not statistics.requires_grad:
-        return y, None
-    return y, Coupling(name, statistics, handle, gates)
+        return y, handle, None
+    return y, handle, HandleCoupling(name, statistics, gates)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def take_samples(
             gate.wait()
             sample = time_call(lambda e=entry: e.call(problem), problem.device, entry.inner)
             entry.samples.append(sample)
-            entry.used += sample.seconds * entry.inner
+            entry.single = min(entry.single, sample.seconds)
+            entry.used += entry.inner * gate.charge(sample, entry.single)
 
 
 def exact_diagonal(problem: Problem, entries: list[Entry], share: float) -> Tensor | None:

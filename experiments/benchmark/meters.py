@@ -79,6 +79,13 @@ class Gate:
                 return
             self.patience -= wall
 
+    def charge(self, sample: Sample, usual: float) -> float:
+        """Seconds to count: what a busy neighbour cost comes out of the patience, if it lasts."""
+        if sample.foreign <= QUIET or self.patience <= 0:
+            return sample.seconds
+        self.patience -= sample.seconds - usual
+        return usual
+
 
 def quiet_median(samples: list[Sample], clock: str = "wall") -> tuple[float, int]:
     """Median of the quiet samples (of all of them if fewer than three are), and how many are.
