@@ -49,7 +49,7 @@ bench: venv ## the benchmark, e.g. make bench ARGS="--help"
 
 notebooks: venv ## execute notebooks/*.ipynb in place
 	@set -e; for notebook in notebooks/*.ipynb; do \
-		echo "$$notebook"; .venv/bin/jupyter-execute --inplace "$$notebook"; \
+		echo "$$notebook"; .venv/bin/jupyter-execute --inplace --NotebookClient.coalesce_streams=True "$$notebook"; \
 	done
 
 clean: ## remove the environment, caches and what the experiments wrote

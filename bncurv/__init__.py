@@ -9,16 +9,36 @@ from bncurv.engine import SlowPathWarning
 from bncurv.extension import extend, unextend
 from bncurv.layers import register_layer
 from bncurv.losses import register_loss
-from bncurv.quantities import ComponentGrad, DiagGGNExact
+from bncurv.lowrank import LowRank, LowRankGGN
+from bncurv.quantities import (
+    ComponentDiagGGNExact,
+    ComponentGrad,
+    ComponentL2Grad,
+    ComponentVariance,
+    DiagGGNExact,
+    SqrtGGNExact,
+    SumComponentGradSquared,
+)
+from bncurv.sampling import ComponentDiagGGNMC, DiagGGNMC, SqrtGGNMC
 from bncurv.statistics import register_coupled
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ComponentDiagGGNExact",
+    "ComponentDiagGGNMC",
     "ComponentGrad",
+    "ComponentL2Grad",
+    "ComponentVariance",
     "DiagGGNExact",
+    "DiagGGNMC",
+    "LowRank",
+    "LowRankGGN",
     "Results",
     "SlowPathWarning",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+    "SumComponentGradSquared",
     "curvature",
     "extend",
     "register_coupled",

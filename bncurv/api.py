@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bncurv.engine import Engine, Source
+from bncurv.engine import Engine, Mixed
 from bncurv.losses import LossAtBatch, evaluate, find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
@@ -50,18 +50,6 @@ class Results:
         return f"Results({held}; method={self.method!r}, passes={self.passes}, batches={self.batches})"
 
 
-@dataclass(frozen=True)
-class GradientSource:
-    """The loss gradient as columns to pull back: one per sample."""
-
-    gradient: Tensor
-    columns_per_sample: int = field(default=1, init=False)
-
-    def columns(self, c: slice) -> Tensor:
-        """``[1, n, *output]``."""
-        return self.gradient[None][c]
-
-
 def compute(
     output: Tensor,
     at_batch: LossAtBatch,
@@ -83,21 +71,23 @@ def compute(
         bar: progress bar, counted in backward passes.
 
     Returns:
-        Field name → result, and the engine that made them.
+        For each quantity's field what its `finish` gave, and the engine that made them.
     """
     quantities = list(quantities)
-    available: dict[str, Source] = {"gradient": GradientSource(at_batch.gradient), "factor": at_batch.factor}
-    sources = {kind: s for kind, s in available.items() if any(q.columns == kind for q in quantities)}
-    total = sum(s.columns_per_sample for s in sources.values())
+    asked = {q.field: q.sources(at_batch, output) for q in quantities}
+    sources = {key: source for wants in asked.values() for key, source in wants.items()}
+    columns = {key: s.columns_per_sample for key, s in sources.items() if not isinstance(s, Mixed)}
+    total = sum(columns.values())
     engine = Engine(output, wanted, method, total, chunk_size, tick=bar.update)
-    bar.total = (bar.total or 0) + engine.planned(total)
-    fields = {q.field: q.start(wanted, len(output), sources[q.columns].columns_per_sample) for q in quantities}
-    for kind, source in sources.items():
+    mixed = sum(len(s.cotangents) for s in sources.values() if isinstance(s, Mixed))
+    bar.total = (bar.total or 0) + engine.planned(total) + mixed
+    states = {q.field: q.start(wanted, len(output), columns) for q in quantities}
+    for key, source in sources.items():
         for rows in engine.pull(source):
             for q in quantities:
-                if q.columns == kind:
-                    q.add(fields[q.field], rows)
-    return fields, engine
+                if key in asked[q.field]:
+                    q.add(states[q.field], key, rows)
+    return {q.field: q.finish(states[q.field]) for q in quantities}, engine
 
 
 def curvature(
@@ -160,7 +150,9 @@ def curvature(
             del output, at_batch, engine
     if not batches:
         raise ValueError("data is empty: expected a batch (X, y) or an iterable with at least one such pair.")
-    merged = {q.field: q.merge([b[q.field] for b in batches]) for q in quantities}
+    merged: dict[str, Any] = {}
+    for q in quantities:
+        merged |= q.merge([b[q.field] for b in batches])
     return Results(merged, way, passes, len(batches))
 
 
@@ -222,7 +214,7 @@ def _forward(model: nn.Module, X: Any, y: Tensor, wanted: dict[str, Tensor]) -> 
         if X.numel() == 0:
             raise ValueError(f"the batch is empty: X has shape {tuple(X.shape)}; expected at least one sample.")
         if X.is_floating_point() and not bool(X.isfinite().all()):
-            bad = (~X.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            bad = (~X.isfinite()).reshape(len(X), -1).any(1).nonzero().flatten().tolist()
             raise ValueError(f"X has NaN or inf in sample(s) {bad[:5]}; curvature is undefined there. Remove them.")
         X = X.to(device)
     output = model(X)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,6 +49,13 @@ class Source(Protocol):
     def columns(self, c: slice) -> Tensor:
         """Columns ``c`` of all samples, each in its own row: ``[c, n, *output]``."""
         ...
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Whole-batch cotangents to pull back, ``[q, n, *output]``; their rows of V come as one block ``[1, q, *p]``."""
+
+    cotangents: Tensor
 
 
 class Rows(NamedTuple):
@@ -93,6 +101,7 @@ class Engine:
         self.trace: Trace = trace(output, wanted.values())
         self.uses = self._find_uses()
         self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self._calls_in(s.upstream)]
+        self._columns = columns
         self.costs = Costs(self, columns)
         self._directions: tuple[dict[str, Tensor], dict[int, dict[int, Tensor]]] | None = None
         self._slow = self._without_product()
@@ -136,7 +145,7 @@ class Engine:
             raise ValueError(f"method={method!r}; expected 'auto', 'coupled' or 'dense'.")
         if method == "dense":
             return "dense"
-        if self._slow:
+        if self._slow and self._columns:
             warnings.warn(
                 f"No parameter product for {', '.join(map(repr, self._slow))} (used outside the layer table): exact, "
                 "but by one backward pass per component (slow). Leave them out with params=..., or add the layer "
@@ -144,7 +153,7 @@ class Engine:
                 SlowPathWarning,
                 stacklevel=4,
             )
-        if method == "auto" and self.costs.dense() <= self.costs.coupled(self._slow):
+        if method == "auto" and (not self._columns or self.costs.dense() <= self.costs.coupled(self._slow)):
             return "dense"
         problem = self._mixing()
         if problem and method == "coupled":
@@ -169,6 +178,8 @@ class Engine:
 
     def planned(self, columns: int) -> int:
         """Backward passes that ``columns`` columns per sample will take."""
+        if not columns:
+            return 0
         if self.way == "dense":
             return self.samples * columns
         directions = sum(self.trace.sites[j].mark.coupling.statistics.numel() for j in self.couplings)
@@ -223,8 +234,13 @@ class Engine:
 
     # ---------------------------------------------------------------- the two ways
     @torch.no_grad()
-    def pull(self, source: Source) -> Iterator[Rows]:
+    def pull(self, source: Source | Mixed) -> Iterator[Rows]:
         """All rows of V of a source, in blocks."""
+        if isinstance(source, Mixed):
+            for q in chunks(len(source.cotangents), self.chunk_size or self.costs.dense_chunk()):
+                for name, rows in self.pull_mixed(source.cotangents[q]).items():
+                    yield Rows(name, rows[None], slice(0, 1), q)
+            return
         if self.way == "dense":
             yield from self._dense(source, list(self.wanted))
             return
@@ -263,7 +279,7 @@ class Engine:
                     if A is not None:
                         # V[k] = own[k] + Σ_q A[q, k] P[q]
                         flat = rows.view(-1, self.wanted[name].numel())
-                        flat.addmm_(A[n].flatten(0, 1), products[name].flatten(1))
+                        flat.addmm_(A[n].flatten(0, 1), products[name].view(-1, flat.shape[1]))
                     yield Rows(name, rows, n, c)
 
     def _own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:

@@ -287,7 +287,7 @@ class Embedding(Layer):
 
     def weight(self, arguments, x, delta):
         count, width = arguments["weight"].shape
-        hot = nnf.one_hot(x.flatten(1), count).to(delta.dtype)
+        hot = nnf.one_hot(x.reshape(len(x), -1), count).to(delta.dtype)
         padding = arguments.get("padding_idx")
         if padding is not None:
             hot[..., padding] = 0

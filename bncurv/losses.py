@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +27,23 @@ class Factor:
     Attributes:
         blocks: ``[n, t, e, j]``, one factor per position.
         layout: shape of the model's output; its axes are ``n, e, *t`` (``e`` absent when it is 1 per entry).
+        joint: whether column j covers all positions of a sample at once (random draws), or one position (the
+            exact factor, whose columns are then (t, j)).
     """
 
     blocks: Tensor
     layout: torch.Size
+    joint: bool = False
 
     @property
     def columns_per_sample(self) -> int:
         """Number of columns c that each sample has."""
-        return self.blocks.shape[1] * self.blocks.shape[3]
+        return self.blocks.shape[3] * (1 if self.joint else self.blocks.shape[1])
 
     def columns(self, c: slice) -> Tensor:
         """Columns ``c`` of all samples, each in its own sample's row: ``[c, n, *output]``."""
+        if self.joint:
+            return rearrange(self.blocks[..., c], "n t e c -> c n e t").reshape(-1, *self.layout)
         n, t, e, j = self.blocks.shape
         index = torch.arange(t * j, device=self.blocks.device)[c]
         out = self.blocks.new_zeros(len(index), n, t, e)
@@ -61,6 +67,17 @@ class Loss(ABC):
     @abstractmethod
     def blocks(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
         """Factor per position, ``[n, t, e, j]``."""
+
+    def sample(
+        self, loss: nn.Module, output: Tensor, target: Tensor, draws: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Gradient deviations for labels drawn from the model, ``[n, t, e, draw]``, with covariance H per position.
+
+        Default: normally distributed (the predictive distribution of a squared error).
+        """
+        blocks = self.blocks(loss, output, target)
+        noise = torch.randn(*blocks.shape[:2], blocks.shape[3], draws, generator=generator, device=blocks.device)
+        return blocks @ noise.to(blocks.dtype)
 
 
 def _same_shape(loss: nn.Module, output: Tensor, target: Tensor) -> None:
@@ -129,6 +146,15 @@ class CrossEntropy(Loss):
         return (square + below) * scale[..., None, None].sqrt()
 
 
+    def sample(self, loss, output, target, draws, generator):
+        # ŷ ~ p at each position:  E[(p - e_ŷ)(p - e_ŷ)ᵀ] = diag p - p pᵀ
+        scale = self._coefficients(loss, output, target).sum(-1).reshape(len(output), -1)
+        p = torch.movedim(output.softmax(1), 1, -1).reshape(*scale.shape, -1)
+        labels = torch.multinomial(p.flatten(0, 1), draws, replacement=True, generator=generator)
+        hot = nnf.one_hot(labels.view(*scale.shape, draws), p.shape[-1]).to(p.dtype)
+        return scale[..., None, None].sqrt() * (p[..., None] - hot.mT)
+
+
 class _Elementwise(Loss):
     """Every output entry is its own position: e = j = 1."""
 
@@ -146,7 +172,7 @@ class _Elementwise(Loss):
                 f"{type(loss).__name__}: negative weights make the loss non-convex in the model's output, so it has "
                 "no GGN. Pass non-negative weights."
             )
-        return second.flatten(1)[..., None, None].sqrt()
+        return second.reshape(len(second), -1, 1, 1).sqrt()
 
 
 def _reduction_scale(loss: nn.Module, output: Tensor) -> float:
@@ -178,6 +204,14 @@ class BinaryCrossEntropy(_Elementwise):
     def curvature(self, loss, output, target):
         weight, v = self._scale(loss, output, target)
         return weight * (v * target + 1 - target) * output.sigmoid() * (-output).sigmoid()
+
+    def sample(self, loss, output, target, draws, generator):
+        # y ~ Bernoulli(σ):  Var[σ - y] = σ (1 - σ)
+        weight, v = self._scale(loss, output, target)
+        scale = (weight * (v * target + 1 - target) * torch.ones_like(output)).sqrt()[..., None]
+        p = output.sigmoid()[..., None]
+        uniform = torch.rand(*output.shape, draws, generator=generator, device=output.device)
+        return (scale * (p - (uniform < p).to(p.dtype))).flatten(1, -2).unsqueeze(2)
 
 
 LOSSES: dict[type[nn.Module], Loss] = {
@@ -226,13 +260,31 @@ def find_loss(loss_fn: nn.Module) -> Loss:
 class LossAtBatch:
     """The loss at one batch: gradient and Hessian factor with respect to the model's output.
 
+    As a source of columns it is the gradient, one column per sample.
+
     Attributes:
         gradient: ∂L/∂F ``[n, *output]``.
         factor: the symmetric factor S.
+        labels: ``(draws, generator) -> [n, t, e, draw]``, deviations for labels drawn from the model.
     """
 
     gradient: Tensor
     factor: Factor
+    labels: Callable[[int, torch.Generator | None], Tensor]
+    columns_per_sample: int = 1
+
+    def columns(self, c: slice) -> Tensor:
+        """``[1, n, *output]``."""
+        return self.gradient[None][c]
+
+    def sample(self, draws: int, kind: str, generator: torch.Generator | None) -> Tensor:
+        """Random columns with covariance ∇²_F L, ``[n, t, e, draw]``: ``"rademacher"`` or ``"labels"``."""
+        if kind == "labels":
+            return self.labels(draws, generator)
+        blocks = self.factor.blocks
+        shape = (*blocks.shape[:2], blocks.shape[3], draws)
+        signs = torch.randint(2, shape, generator=generator, device=blocks.device)
+        return blocks @ (2 * signs - 1).to(blocks.dtype)
 
 
 def evaluate(loss_fn: nn.Module, output: Tensor, target: Tensor, scale: float = 1.0) -> LossAtBatch:
@@ -271,4 +323,9 @@ def evaluate(loss_fn: nn.Module, output: Tensor, target: Tensor, scale: float = 
                 "the loss with bncurv.register_loss, or correct the batch."
             )
         blocks = rule.blocks(precise, leaf, wide) * scale**0.5
-    return LossAtBatch((actual * scale).to(output.dtype), Factor(blocks.to(output.dtype), output.shape))
+    fixed = leaf.detach()
+
+    def labels(draws: int, generator: torch.Generator | None) -> Tensor:
+        return (rule.sample(precise, fixed, wide, draws, generator) * scale**0.5).to(output.dtype)
+
+    return LossAtBatch((actual * scale).to(output.dtype), Factor(blocks.to(output.dtype), output.shape), labels)

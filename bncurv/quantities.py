@@ -1,19 +1,23 @@
 """What each quantity makes of V, block by block. One class per quantity.
 
-A quantity is a specification (and, by `BackpropExtension`, something BackPACK's context manager accepts). The engine
-feeds its `add` with blocks of V; `merge` says how mini-batches combine. Scales: whatever the loss' reduction puts into
-the gradient and into S (see ``engine.py``), nothing else.
+A quantity is a specification (and, by `BackpropExtension`, something that BackPACK's context manager accepts): which
+columns it wants pulled back (`sources`), what it does with a block of V (`add`), what it hands out (`finish`), and how
+mini-batches combine (`merge`). Scales: what the loss' reduction puts into the gradient and into S (``engine.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
-from bncurv.engine import Rows
+from bncurv.engine import Mixed, Rows, Source
+from bncurv.losses import LossAtBatch
+
+Result = dict[str, Tensor]
 
 
 class Quantity(BackpropExtension):
@@ -21,12 +25,12 @@ class Quantity(BackpropExtension):
 
     Attributes:
         field: attribute of parameters and of `Results` that receives the result.
-        columns: what is pulled back, ``"gradient"`` (∂L/∂F, one column per sample) or ``"factor"`` (S).
+        pulls: the columns pulled back, of ``"gradient"`` (∂L/∂F, one per sample) and ``"factor"`` (S).
         per_component: whether the result's leading axis is the sample; mini-batches are then concatenated.
     """
 
     field: ClassVar[str]
-    columns: ClassVar[str] = "factor"
+    pulls: ClassVar[tuple[str, ...]] = ("factor",)
     per_component: ClassVar[bool] = False
 
     def __init__(self) -> None:
@@ -38,31 +42,62 @@ class Quantity(BackpropExtension):
         return False
 
     def __call__(self, module: nn.Module, g_inp: Any, g_out: Any) -> None:
-        """BackPACK runs this on each of its extended modules; bncurv's work happens at the loss (``api.py``)."""
+        """BackPACK runs this on each of its extended modules; our work happens at the loss (``extension.py``)."""
 
-    def start(self, parameters: dict[str, Tensor], samples: int, columns: int) -> dict[str, Tensor]:
-        """Empty result for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component."""
-        lead = (samples,) if self.per_component else ()
-        return {name: torch.zeros((*lead, *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+        """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""
+        shared: dict[str, Source | Mixed] = {"gradient": at_batch, "factor": at_batch.factor}
+        return {key: shared[key] for key in self.pulls}
 
-    def add(self, result: dict[str, Tensor], rows: Rows) -> None:
-        """Put one block of V into the result."""
+    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+        """Empty state for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component.
+
+        Args:
+            parameters: parameters by name.
+            samples: N.
+            columns: columns per sample of each source.
+        """
+        return zeros(parameters, *((samples,) if self.per_component else ()))
+
+    def add(self, state: Any, key: str, rows: Rows) -> None:
+        """Put one block of V, of the source ``key``, into the state."""
         raise NotImplementedError
 
-    def deliver(self, result: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
-        """Store the result where BackPACK's users look for it: ``parameter.<field>``."""
-        for name, p in parameters.items():
-            setattr(p, self.field, result[name])
+    def finish(self, state: Any) -> dict[str, Any]:
+        """Field name → result of one mini-batch."""
+        return {self.field: state}
 
-    def withdraw(self, parameters: dict[str, Tensor]) -> None:
+    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """Average of mini-batch results; per-component ones are concatenated and divided by their number."""
+        if len(batches) == 1:
+            return batches[0]
+        combine = torch.cat if self.per_component else sum
+        return {
+            field: {name: combine([b[field][name] for b in batches]) / len(batches) for name in batches[0][field]}
+            for field in batches[0]
+        }
+
+    def deliver(self, fields: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Store the results where BackPACK's users look for them: ``parameter.<field>``."""
+        for field, result in fields.items():
+            for name, p in parameters.items():
+                setattr(p, field, result[name])
+
+    def withdraw(self, parameters: Mapping[str, Tensor]) -> None:
         """Take back what `deliver` stored."""
         for p in parameters.values():
-            p.__dict__.pop(self.field, None)
+            for field in [f for f in p.__dict__ if f.startswith(self.field)]:
+                delattr(p, field)
 
-    def merge(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Average of mini-batch results; per-component ones are concatenated and divided by their number."""
-        combine = torch.cat if self.per_component else sum
-        return {name: combine([b[name] for b in batches]) / len(batches) for name in batches[0]}
+
+def zeros(parameters: Mapping[str, Tensor], *lead: int) -> Result:
+    """Zeros ``[*lead, *p]`` for every parameter."""
+    return {name: torch.zeros((*lead, *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+
+
+def _squares(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
+    """Sum of squares over axes without a squared copy."""
+    return torch.linalg.vector_norm(values, dim=axes).square_()
 
 
 class ComponentGrad(Quantity):
@@ -74,12 +109,73 @@ class ComponentGrad(Quantity):
     """
 
     field = "grad_component"
-    columns = "gradient"
+    pulls = ("gradient",)
     per_component = True
 
-    def add(self, result: dict[str, Tensor], rows: Rows) -> None:
-        """Store the block."""
-        result[rows.name][rows.n] = rows.values[:, 0]
+    def add(self, state: Result, key: str, rows: Rows) -> None:
+        """g_n."""
+        state[rows.name][rows.n] = rows.values[:, 0]
+
+
+class ComponentL2Grad(Quantity):
+    """Squared norms ``l2_component [N]`` of the per-component gradients, one per sample and parameter: ‖g_n‖²."""
+
+    field = "l2_component"
+    pulls = ("gradient",)
+    per_component = True
+
+    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Result:
+        """Zeros ``[N]``."""
+        return {name: torch.zeros(samples, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+
+    def add(self, state: Result, key: str, rows: Rows) -> None:
+        """‖g_n‖²."""
+        state[rows.name][rows.n] = _squares(rows.values.flatten(1), 1)
+
+    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """Concatenated; g_n carries 1/B over B mini-batches, its square 1/B²."""
+        merged = super().merge(batches)
+        return {f: {n: t / len(batches) for n, t in result.items()} for f, result in merged.items()}
+
+
+class SumComponentGradSquared(Quantity):
+    """Second moment ``sum_grad_squared [*p]``: Σ_n g_n², elementwise (BackPACK's SumGradSquared, with coupling)."""
+
+    field = "sum_grad_squared"
+    pulls = ("gradient",)
+
+    def add(self, state: Result, key: str, rows: Rows) -> None:
+        """Σ_n g_n²."""
+        state[rows.name] += _squares(rows.values, (0, 1))
+
+
+class ComponentVariance(Quantity):
+    """Variance ``variance [*p]`` of the per-component gradients: mean_n g_n² - (mean_n g_n)², elementwise.
+
+    BackPACK's scaling: g_n carries the loss' 1/N of a mean reduction, and the mean over n divides by N once more.
+    Computed from centred blocks, so it is never negative and does not cancel. It is not the variance of mini-batch
+    gradients: with BatchNorm the g_n depend on each other.
+    """
+
+    field = "variance"
+    pulls = ("gradient",)
+
+    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+        """Per parameter: count, mean, sum of squared deviations."""
+        return {name: [0, mean, torch.zeros_like(mean)] for name, mean in zeros(parameters).items()}
+
+    def add(self, state: Any, key: str, rows: Rows) -> None:
+        """Merge two groups' moments (Chan, Golub & LeVeque 1983)."""
+        count, mean, spread = state[rows.name]
+        more = len(rows.values)
+        new = rows.values.mean((0, 1))
+        shift = new - mean
+        spread = spread + _squares(rows.values - new, (0, 1)) + shift**2 * (count * more / (count + more))
+        state[rows.name] = [count + more, mean + shift * (more / (count + more)), spread]
+
+    def finish(self, state: Any) -> dict[str, Any]:
+        """Divide by N."""
+        return {self.field: {name: spread / count for name, (count, _, spread) in state.items()}}
 
 
 class DiagGGNExact(Quantity):
@@ -91,7 +187,51 @@ class DiagGGNExact(Quantity):
 
     field = "diag_ggn_exact"
 
-    def add(self, result: dict[str, Tensor], rows: Rows) -> None:
-        """Add the squares of the block: Σ_k V[k]², never negative."""
-        flat = rows.values.flatten(0, 1)
-        result[rows.name] += torch.linalg.vector_norm(flat, dim=0).square()
+    def add(self, state: Result, key: str, rows: Rows) -> None:
+        """Σ_k V[k]², never negative."""
+        state[rows.name] += _squares(rows.values, (0, 1))
+
+
+class ComponentDiagGGNExact(Quantity):
+    """Diagonals ``diag_ggn_exact_component [N, *p]`` of the components' GGNs: Σ_c V[(n, c)]²; they sum to the diagonal.
+
+    G_n = J_nᵀ (∇²_{F_n} L) J_n with J_n = ∂F_n(whole batch)/∂θ: it depends on all samples.
+    """
+
+    field = "diag_ggn_exact_component"
+    per_component = True
+
+    def add(self, state: Result, key: str, rows: Rows) -> None:
+        """Σ_c V[(n, c)]²."""
+        state[rows.name][rows.n] += _squares(rows.values, 1)
+
+
+class SqrtGGNExact(Quantity):
+    """The factor V itself, ``sqrt_ggn_exact [C, N, *p]``: G = Σ_{c,n} V[c, n] V[c, n]ᵀ.
+
+    C columns per sample: as many as the model has outputs per sample. The exact factor of cross-entropy needs one
+    column less per position; those are zero. Unique up to a rotation of a sample's columns.
+    """
+
+    field = "sqrt_ggn_exact"
+
+    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+        """The factor."""
+        self._width = output[0].numel()
+        return super().sources(at_batch, output)
+
+    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Result:
+        """Zeros ``[C, N, *p]``."""
+        return zeros(parameters, self._width, samples)
+
+    def add(self, state: Result, key: str, rows: Rows) -> None:
+        """V, columns first."""
+        state[rows.name][rows.c, rows.n] = rows.values.transpose(0, 1)
+
+    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """Concatenated along the samples and divided by √B, so that V Vᵀ averages over B mini-batches."""
+        scale = len(batches) ** -0.5
+        return {
+            field: {name: torch.cat([b[field][name] for b in batches], 1) * scale for name in batches[0][field]}
+            for field in batches[0]
+        }

@@ -68,7 +68,7 @@ class HandleCoupling(Coupling):
 
     def per_sample(self, delta: Tensor) -> Tensor:
         """Flatten the copies' gradient."""
-        return delta.flatten(2)
+        return delta.reshape(*delta.shape[:2], -1)
 
 
 class BatchNormCoupling(Coupling):

@@ -258,7 +258,7 @@ def compute(model: nn.Module, X: Tensor, y: Tensor) -> Report:
 
 
 def check_batch(model: nn.Module, X: Tensor, y: Tensor, report: Report) -> list[Check]:
-    """Hold the report against plain passes for a few samples, and its two ways against each other."""
+    """Hold some components against plain passes, and the coupled way against the dense one."""
     samples = list(range(0, len(X), max(1, len(X) // 8)))
     some = {name: g[samples] for name, g in report.components.values.items()}
     total = {name: g.sum(dim=0) for name, g in report.components.values.items()}
@@ -364,33 +364,33 @@ def save_figure(figure: plt.Figure, path: Path) -> Path:
     return path
 
 
-def plot_layers(report: Report) -> plt.Figure:
+def plot_layers(diagonal: Tensors, own_diagonal: Tensors) -> plt.Figure:
     """Trace of every layer, exact and with the batch statistics held constant."""
-    layers = list(by_layer(report.coupled.values))
     full, own = (
-        [entries.sum().item() for entries in by_layer(diagonal).values()]
-        for diagonal in (report.coupled.values, report.own)
+        {layer: entries.sum().item() for layer, entries in by_layer(part).items()}
+        for part in (diagonal, own_diagonal)
     )
-    factor, worst = max((o / f, layer) for o, f, layer in zip(own, full, layers, strict=True))
+    worst = max(full, key=lambda layer: own[layer] / full[layer])
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    rows = range(len(layers))
-    axes.hlines(rows, full, own, color=GREY, linewidth=2, zorder=1)
-    axes.scatter(own, rows, marker="s", s=90, color=ORANGE, label="batch statistics held constant")
-    axes.scatter(full, rows, s=40, color=BLUE, label="exact: differentiated through them")
+    rows, x, y = range(len(full)), list(full.values()), list(own.values())
+    axes.hlines(rows, x, y, color=GREY, linewidth=2, zorder=1)
+    axes.scatter(y, rows, marker="s", s=90, color=ORANGE, label="batch statistics held constant")
+    axes.scatter(x, rows, s=40, color=BLUE, label="exact: differentiated through them")
     axes.set(
         xscale="log",
         xlabel="trace of the layer's block of the GGN",
-        title=f"The layer {worst!r} looks {factor:.1f} times as curved as it is "
+        title=f"The layer {worst!r} looks {own[worst] / full[worst]:.1f} times as curved as it is "
         "when the batch statistics are held constant",
     )
-    axes.set_yticks(rows, layers)
+    axes.title.set_size("medium")
+    axes.set_yticks(rows, list(full))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
     return figure
 
 
-def plot_entries(report: Report, model: nn.Module) -> plt.Figure:
+def plot_entries(diagonal: Tensors, own_diagonal: Tensors, model: nn.Module) -> plt.Figure:
     """Every entry of the diagonal: statistics held constant against exact."""
     layers = dict(model.named_modules())
     kinds = (
@@ -398,7 +398,7 @@ def plot_entries(report: Report, model: nn.Module) -> plt.Figure:
         ("BatchNorms", nn.BatchNorm2d, ORANGE, "s"),
         ("linear layer", nn.Linear, GREEN, "^"),
     )
-    full, own = by_layer(report.coupled.values), by_layer(report.own)
+    full, own = by_layer(diagonal), by_layer(own_diagonal)
     figure, axes = plt.subplots(figsize=(7.5, 6.5), layout="constrained")
     for label, kind, color, marker in kinds:
         names = [name for name in full if isinstance(layers[name], kind)]
@@ -411,7 +411,7 @@ def plot_entries(report: Report, model: nn.Module) -> plt.Figure:
         yscale="log",
         xlabel="entry of the GGN diagonal, exact",
         ylabel="the same entry, batch statistics held constant",
-        title=f"Held-constant statistics lift the typical entry {ratio:.1f} times above the truth",
+        title=f"Constant batch statistics make the typical entry {ratio:.1f} times what it is",
     )
     axes.grid(alpha=0.3)
     axes.legend(markerscale=2)
@@ -423,32 +423,25 @@ def component_norms(components: Tensors) -> Tensor:
     return sum(g.flatten(1).square().sum(dim=1) for g in components.values()).sqrt()
 
 
-def plot_components(report: Report, X: Tensor, y: Tensor, shown: int = 8) -> plt.Figure:
+def plot_components(components: Tensors, X: Tensor, y: Tensor, shown: int = 8) -> plt.Figure:
     """The digits with the largest gradients, and all norms in descending order."""
-    norms, order = component_norms(report.components.values).cpu().sort(descending=True)
-    half = int((norms.cumsum(0) < norms.sum() / 2).sum()) + 1
-    figure = plt.figure(figsize=(9, 5), layout="constrained")
+    norms, order = component_norms(components).cpu().sort(descending=True)
+    count, half = len(norms), int((norms.cumsum(0) < norms.sum() / 2).sum()) + 1
+    figure = plt.figure(figsize=(10, 4.5), layout="constrained")
     grid = figure.add_gridspec(2, shown, height_ratios=(1, 2))
     for rank, n in enumerate(order[:shown].tolist()):
         axes = figure.add_subplot(grid[0, rank])
         axes.imshow(X[n, 0].cpu(), cmap="gray_r")
         axes.set(title=f"#{rank + 1}: a {y[n].item()}", xticks=[], yticks=[])
     axes = figure.add_subplot(grid[1, :])
-    ranks = torch.arange(1, len(norms) + 1)
-    axes.plot(ranks, norms, color=BLUE, linewidth=2)
-    axes.fill_between(
-        ranks[:half], norms[:half], norms.min(), color=ORANGE, alpha=0.4, label="half of the sum"
-    )
+    colors = [ORANGE] * half + [BLUE] * (count - half)
+    axes.bar(range(1, count + 1), norms, width=1, color=colors)
     axes.set(
-        yscale="log",
         xlabel="digits of the batch, largest gradient first",
-        ylabel="norm of the per-component gradient",
+        ylabel="norm of the\nper-component gradient",
+        xlim=(0.5, count + 0.5),
     )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.suptitle(
-        f"{half} of {len(norms)} digits make up half of the gradient norms of the batch"
-    )
+    figure.suptitle(f"{half} of {count} digits (orange) make up half of all gradient norms")
     return figure
 
 
@@ -490,9 +483,9 @@ def main(arguments: list[str] | None = None) -> int:
     print_checks(checks)
 
     figures = {
-        "layers": plot_layers(report),
-        "entries": plot_entries(report, model),
-        "components": plot_components(report, X, y),
+        "layers": plot_layers(report.coupled.values, report.own),
+        "entries": plot_entries(report.coupled.values, report.own, model),
+        "components": plot_components(report.components.values, X, y),
     }
     print("\nPlots")
     for name, figure in figures.items():

@@ -86,7 +86,10 @@ def take_samples(
             cost = entry.single * entry.inner
             quiet = quiet_median(entry.samples)[1] if entry.samples else 0
             done = quiet >= settings.repeats
-            late = len(entry.samples) >= MIN_REPEATS and entry.used + cost > share
+            enough = quiet >= MIN_REPEATS or (
+                gate.patience <= 0 and len(entry.samples) >= MIN_REPEATS
+            )
+            late = enough and entry.used + cost > share
             if done or late or (entry.samples and entry.used + cost > 2 * share):
                 continue
             gate.wait()

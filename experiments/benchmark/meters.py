@@ -88,12 +88,12 @@ class Gate:
 
 
 def quiet_median(samples: list[Sample], clock: str = "wall") -> tuple[float, int]:
-    """Median of the quiet samples (of all of them if fewer than three are), and how many are.
+    """Median of the quiet samples (of all of them if none is), and how many are.
 
     On the CPU's clock all of them count: it is for a machine that is never quiet.
     """
     quiet = [s for s in samples if s.foreign <= QUIET]
-    counted = quiet if clock == "wall" and len(quiet) >= 3 else samples
+    counted = quiet if clock == "wall" and quiet else samples
     return median(s.on(clock) for s in counted), len(quiet)
 
 

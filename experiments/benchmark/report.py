@@ -41,8 +41,8 @@ def finished_row(cell: Cell, entry: Entry) -> Row:
         forward = min(cell.forward, seconds / 2)
         seconds = forward + (seconds - forward) * scale + cell.finish
     outcome, peak = cell.peak(entry)
-    plain = cell.forward_flops + cell.K * cell.backward_flops
-    flops, counted = _flops(cell, entry, plain)
+    passes = None if outcome.passes is None else round(outcome.passes * scale)
+    flops, counted = _flops(cell, entry, passes)
     keeps = cell.job.stored or entry.competitor.name == "func jacrev"
     row = _head(cell, entry) | {
         "seconds": seconds,
@@ -52,11 +52,11 @@ def finished_row(cell: Cell, entry: Entry) -> Row:
         "extrapolated": entry.columns is not None,
         "columns_timed": entry.columns or cell.K,
         "peak_mib": None if peak is None or (keeps and entry.columns) else peak / 2**20,
-        "passes": None if outcome.passes is None else round(outcome.passes * scale),
+        "passes": passes,
         "flops": flops,
         "flops_counted": counted,
         "gflops": None if flops is None else flops / seconds / 1e9,
-        "plain_flops": plain,
+        "plain_flops": cell.forward_flops + cell.K * cell.backward_flops,
         "gemm_gflops": cell.gemm / 1e9,
         "gemm_fraction": None if flops is None else flops / seconds / cell.gemm,
         "note": outcome.note,
@@ -65,14 +65,16 @@ def finished_row(cell: Cell, entry: Entry) -> Row:
     return row | cell.check(entry.competitor, entry, outcome)
 
 
-def _flops(cell: Cell, entry: Entry, plain: int) -> tuple[int | None, bool]:
+def _flops(cell: Cell, entry: Entry, passes: int | None) -> tuple[int | None, bool]:
     """FLOPs of a whole run: counted on a run, else on paper for a plain way; and which."""
     if entry.columns is None and entry.single < cell.share / 2:
         try:
             return count_flops(lambda: entry.call(cell.problem)), True
         except Exception:  # an operation that the meter cannot look into
             pass
-    return (plain, False) if entry.competitor.partial else (None, False)
+    if not entry.competitor.partial or passes is None:
+        return None, False
+    return cell.forward_flops + passes * cell.backward_flops, False
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+WALL = True
 TITLES = {
     "diag": "Exact GGN diagonal",
     "spectrum": "All non-zero GGN eigenvalues",
@@ -30,13 +31,14 @@ def best(rows: list[Row], kind: str, name: str = "") -> Row | None:
 
 
 def seconds(row: Row | None) -> str:
-    """Time with three digits, ``~`` where extrapolated."""
+    """Time with three digits, ``~`` where extrapolated, ``?`` where the machine was busy."""
     if row is None or (value := clock(row)) is None:
         return "–"
     sign = "~" if row["extrapolated"] else ""
+    doubt = "?" if WALL and row["quiet"] < min(3, row["samples"]) else ""
     if value >= 1:
-        return f"{sign}{value:.3g} s"
-    return f"{sign}{1e3 * value:.3g} ms"
+        return f"{sign}{value:.3g} s{doubt}"
+    return f"{sign}{1e3 * value:.3g} ms{doubt}"
 
 
 def number(value: float | None, form: str) -> str:
@@ -111,6 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     content = json.loads(args.file.read_text())
     env, settings = content["environment"], content["settings"]
+    global WALL
+    WALL = settings["clock"] == "wall"
     where = env["cpu"] if env["device"] == "cpu" else env["device"]
     print(
         f"{where}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}, "

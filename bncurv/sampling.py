@@ -1,0 +1,123 @@
+"""Monte-Carlo quantities: random columns s̃ with E[s̃ s̃ᵀ] = ∇²_F L instead of the exact factor.
+
+Two kinds of draw. ``"rademacher"``: random signs on the columns of the exact factor. ``"labels"``: the gradient's
+deviation for labels drawn from the model's own predictive distribution (BackPACK's kind). Both are unbiased; signs have
+the smaller variance, Var[(Σ_k ε_k v_k)²] = 2 (Σ v_k²)² - 2 Σ v_k⁴, the least of all independent weights of unit variance.
+
+Whole-batch draws are summed over samples *before* they are pulled back and squared after: with batch coupling each
+sample's draw reaches all samples, and squaring per sample (as without BatchNorm) would be biased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bncurv.engine import Mixed, Rows, Source
+from bncurv.losses import Factor, LossAtBatch
+from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, zeros
+
+
+class _Sampled(Quantity):
+    """Base: ``mc_samples`` draws of a kind from a generator.
+
+    Args:
+        mc_samples: number of draws M.
+        kind: ``"rademacher"`` or ``"labels"``.
+        generator: source of randomness on the model's device; default: torch's global one.
+    """
+
+    def __init__(
+        self, mc_samples: int = 1, kind: str = "rademacher", generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(mc_samples, int) or mc_samples < 1:
+            raise ValueError(f"mc_samples={mc_samples!r}; expected a positive integer.")
+        if kind not in ("rademacher", "labels"):
+            raise ValueError(f"kind={kind!r}; expected 'rademacher' or 'labels'.")
+        self.mc_samples, self.kind, self.generator = mc_samples, kind, generator
+
+    def draw(self, at_batch: LossAtBatch) -> Factor:
+        """M random columns per sample."""
+        blocks = at_batch.sample(self.mc_samples, self.kind, self.generator)  # [n, t, e, m]
+        return Factor(blocks, at_batch.factor.layout, joint=True)
+
+
+class DiagGGNMC(_Sampled):
+    """Monte-Carlo diagonal ``diag_ggn_mc [*p]``, unbiased with batch coupling, M backward passes for any N.
+
+    Each draw is one column for the whole batch, t_m = Σ_n s̃_{m,n}; the estimate is mean_m (Jᵀ t_m)². With
+    ``mc_samples > 1`` the field ``diag_ggn_mc_stderr`` holds its standard error per entry.
+    """
+
+    field = "diag_ggn_mc"
+
+    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+        """Whole-batch columns."""
+        return {f"mixed {id(self)}": Mixed(self.draw(at_batch).columns(slice(None)))}
+
+    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+        """Sums of squares and of fourth powers."""
+        return zeros(parameters), zeros(parameters)
+
+    def add(self, state: Any, key: str, rows: Rows) -> None:
+        """(Jᵀ t_m)²."""
+        squares = rows.values[0] ** 2
+        state[0][rows.name] += squares.sum(0)
+        state[1][rows.name] += (squares**2).sum(0)
+
+    def finish(self, state: Any) -> dict[str, Any]:
+        """Mean and standard error of the mean."""
+        m = self.mc_samples
+        mean = {name: s / m for name, s in state[0].items()}
+        if m == 1:
+            return {self.field: mean}
+        error = {n: ((s / m - mean[n] ** 2).clamp(min=0) / (m - 1)).sqrt() for n, s in state[1].items()}
+        return {self.field: mean, f"{self.field}_stderr": error}
+
+    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """Means average; the standard errors of B independent means combine to √(Σ error²) / B."""
+        merged = super().merge(batches)
+        key = f"{self.field}_stderr"
+        if key in merged and len(batches) > 1:
+            merged[key] = {
+                n: sum(b[key][n] ** 2 for b in batches).sqrt() / len(batches) for n in merged[key]
+            }
+        return merged
+
+
+class _PerComponentSampled(_Sampled):
+    """Base: each sample's own draws, pulled back one by one (M passes for the draws, as C for the exact factor)."""
+
+    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+        """Per-sample columns, scaled so that V Vᵀ estimates G."""
+        drawn = self.draw(at_batch)
+        return {f"sampled {id(self)}": Factor(drawn.blocks * self.mc_samples**-0.5, drawn.layout, joint=True)}
+
+
+class ComponentDiagGGNMC(_PerComponentSampled):
+    """Monte-Carlo version ``diag_ggn_mc_component [N, *p]`` of `ComponentDiagGGNExact`: mean_m V[(n, m)]²."""
+
+    field = "diag_ggn_mc_component"
+    per_component = True
+
+    def add(self, state: Result, key: str, rows: Rows) -> None:
+        """mean_m V[(n, m)]²."""
+        state[rows.name][rows.n] += _squares(rows.values, 1)
+
+
+class SqrtGGNMC(_PerComponentSampled, SqrtGGNExact):
+    """Monte-Carlo factor ``sqrt_ggn_mc [M, N, *p]``: E[Σ_{m,n} V[m, n] V[m, n]ᵀ] = G.
+
+    The rows of a draw summed over samples, ``sqrt_ggn_mc.sum(1)``, are the whole-batch draws of `DiagGGNMC`.
+    """
+
+    field = "sqrt_ggn_mc"
+
+    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+        """Per-sample columns."""
+        self._width = self.mc_samples
+        return _PerComponentSampled.sources(self, at_batch, output)

@@ -1,0 +1,184 @@
+"""The low-rank GGN against the dense matrix."""
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from backpack import backpack
+from cases import ARCHITECTURES, LOSSES, MODELS
+from torch import nn
+
+import bncurv
+from bncurv import LowRankGGN, SlowPathWarning, curvature, reference
+
+EXACT = [*MODELS, *ARCHITECTURES, *LOSSES]
+SOME = [c for c in EXACT if c.name in ("residual_cnn", "unet", "dcgan", "mlp_bn", "densenet")]
+
+
+def flat_rows(fields):
+    return torch.cat([t.reshape(len(t), -1) for t in fields.values()], 1)
+
+
+def low_rank(case, method="auto", **options):
+    model, loss_fn, X, y = case.build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowPathWarning)
+        return curvature(model, loss_fn, (X, y), LowRankGGN(**options), method=method).ggn
+
+
+@pytest.mark.parametrize("method", ["coupled", "dense"])
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_spectrum(case, method):
+    ggn, G = low_rank(case, method), reference.ggn(*case.build())
+    want = torch.linalg.eigvalsh(G).flip(0)
+    got = ggn.eigenvalues
+    assert len(got) == ggn.rank == int((want > ggn.cutoff).sum())
+    assert float((got - want[: len(got)]).abs().max()) <= 1e-9 * float(want[0])
+    assert bool((got.diff() <= 0).all())
+    assert torch.allclose(ggn.trace, G.trace(), rtol=1e-12)
+    assert torch.allclose(ggn.frobenius_norm, G.norm(), rtol=1e-10)
+    E = flat_rows(ggn.eigenvectors())
+    reliable = int((got > 1e-10 * got[0]).sum())
+    assert float((E[:reliable] @ E[:reliable].T - torch.eye(reliable)).abs().max()) < 1e-5
+    assert float(ggn.residuals(reliable).max()) <= 1e-8 * float(got[0])
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_matrix_functions(case):
+    ggn, G = low_rank(case), reference.ggn(*case.build())
+    eye = torch.eye(len(G), dtype=G.dtype)
+    v, W = torch.randn(len(G), dtype=G.dtype), torch.randn(len(G), 3, dtype=G.dtype)
+    for vector in (v, W):
+        assert torch.allclose(ggn @ vector, G @ vector, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(ggn.solve(vector, 0.1), torch.linalg.solve(G + 0.1 * eye, vector), rtol=1e-8, atol=1e-10)
+    as_dict = ggn @ ggn.unflatten(v)
+    assert as_dict.keys() == ggn.shapes.keys()
+    assert torch.allclose(ggn.flatten(as_dict), G @ v, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(ggn.logdet(0.3), torch.logdet(G + 0.3 * eye), rtol=1e-10)
+    assert np.allclose(ggn.to_scipy() @ v.numpy(), (G @ v).numpy())
+    values = scipy.sparse.linalg.eigsh(ggn.to_scipy(), k=1, return_eigenvectors=False)
+    assert np.allclose(values[-1], float(ggn.eigenvalues[0]), rtol=1e-8)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_directional_derivatives_and_newton(case):
+    model, loss_fn, X, y = case.build()
+    ggn, G = low_rank(case), reference.ggn(model, loss_fn, X, y)
+    e = flat_rows(ggn.eigenvectors(5))
+    components = reference.component_gradients(model, loss_fn, X, y)
+    g = flat_rows(components)
+    assert torch.allclose(ggn.slopes(5), g @ e.T, rtol=1e-8, atol=1e-12)
+    assert torch.allclose(ggn.curvatures(5).sum(0), ggn.eigenvalues[:5], rtol=1e-8)
+    J = flat_rows(reference.jacobian(model, X))
+    H = reference.loss_hessian(loss_fn, model(X).detach(), y)
+    rows = len(J) // len(X)
+    one = J[:rows].T @ H[:rows, :rows] @ J[:rows]
+    assert torch.allclose(ggn.curvatures(5)[0], torch.einsum("di,ij,dj->d", e, one, e), rtol=1e-7, atol=1e-12)
+
+    def flat(step):
+        return torch.cat([t.flatten() for t in step.values()])
+
+    eye = torch.eye(len(G), dtype=G.dtype)
+    full = -torch.linalg.solve(G + 0.2 * eye, g.sum(0))
+    assert torch.allclose(flat(ggn.newton_step(0.2)), full, rtol=1e-8, atol=1e-10)
+    lam, gamma = ggn.eigenvalues[:3], e[:3] @ g.sum(0)
+    top = -(gamma / (lam + 0.2)) @ e[:3]
+    assert torch.allclose(flat(ggn.newton_step(0.2, 3)), top, rtol=1e-8, atol=1e-12)
+    criterion = ggn.newton_step(lambda lam: torch.full_like(lam, 0.2), lambda lam: range(len(lam) - 3, len(lam)))
+    assert torch.allclose(flat(criterion), top, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_top(case):
+    full, top = low_rank(case), low_rank(case, top=2)
+    assert torch.allclose(top.eigenvalues, full.eigenvalues[:2], rtol=1e-9)
+    assert float(top.residuals().max()) <= 1e-8 * float(top.eigenvalues[0])
+
+
+def test_sample_covariance():
+    ggn = low_rank(next(c for c in MODELS if c.name == "mlp_bn"))
+    draws = ggn.sample(0.5, 60000, torch.Generator().manual_seed(0))
+    x = flat_rows(draws)
+    want = ggn.solve(torch.eye(ggn.dim, dtype=ggn.dtype), 0.5)
+    assert float((x.T @ x / len(x) - want).norm()) <= 0.06 * float(want.norm())
+
+
+def test_groups():
+    case = next(c for c in MODELS if c.name == "residual_cnn")
+    G, names = reference.ggn(*case.build()), low_rank(case).names
+    sizes = low_rank(case).shapes
+    layers = low_rank(case, groups="layer")
+    start = 0
+    blocks = {}
+    for name in names:
+        size = sizes[name].numel()
+        blocks.setdefault(name.rpartition(".")[0], []).extend(range(start, start + size))
+        start += size
+    assert layers.keys() == blocks.keys()
+    for group, index in blocks.items():
+        want = torch.linalg.eigvalsh(G[index][:, index]).flip(0)[: layers[group].rank]
+        assert torch.allclose(layers[group].eigenvalues, want, rtol=1e-7, atol=1e-12 * float(want[0]))
+    named = low_rank(case, groups={"first": names[:2], "rest": names[2:]})
+    assert named["first"].names == names[:2]
+    with pytest.raises(ValueError, match="group 'a' names .*nonsense"):
+        low_rank(case, groups={"a": ["nonsense"]})
+
+
+def test_extend_gesture():
+    case = next(c for c in MODELS if c.name == "residual_cnn")
+    model, loss_fn, X, y = case.build()
+    ggn = LowRankGGN()
+    with pytest.raises(RuntimeError, match="no result yet"):
+        _ = ggn.result
+    bncurv.extend(model), bncurv.extend(loss_fn)
+    with backpack(ggn):
+        loss_fn(model(X), y).backward()
+    assert torch.allclose(ggn.result.eigenvalues, low_rank(case).eigenvalues, rtol=1e-9)
+
+
+def test_mean_over_batches():
+    case = next(c for c in MODELS if c.name == "mlp_bn")
+    model, loss_fn, X, y = case.build()
+    half = len(X) // 2
+    batches = [(X[:half], y[:half]), (X[half:], y[half:])]
+    ggn = curvature(model, loss_fn, batches, LowRankGGN()).ggn
+    G = sum(reference.ggn(model, loss_fn, *b) for b in batches) / 2
+    assert torch.allclose(ggn @ torch.eye(len(G), dtype=G.dtype), G, rtol=1e-9, atol=1e-13)
+    grad = sum(torch.cat([t.flatten() for t in reference.gradient(model, loss_fn, *b).values()]) for b in batches) / 2
+    assert torch.allclose(ggn.gradient, grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()])
+def test_rank_facts(loss):
+    """theory.md F22, D16: hidden BatchNorm loses no rank, N (C - 1) with cross-entropy and N C with squared error."""
+    torch.manual_seed(0)
+    n, c = 16, 5
+    model = nn.Sequential(nn.Linear(12, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, c)).double()
+    X = torch.randn(n, 12).double()
+    y = torch.randint(c, (n,)) if isinstance(loss, nn.CrossEntropyLoss) else torch.randn(n, c).double()
+    ggn = curvature(model, loss, (X, y), LowRankGGN()).ggn
+    assert ggn.rank == n * (c - 1 if isinstance(loss, nn.CrossEntropyLoss) else c)
+
+
+def test_noise_directions_are_refused():
+    ggn = low_rank(next(c for c in MODELS if c.name == "residual_cnn"))
+    with pytest.raises(ValueError, match=f"{ggn.rank + 1} eigenvectors asked for.*Ask for at most {ggn.rank}"):
+        ggn.eigenvectors(ggn.rank + 1)
+
+
+def test_bad_arguments():
+    ggn = low_rank(next(c for c in MODELS if c.name == "residual_cnn"))
+    for call in (lambda: ggn.solve(torch.zeros(ggn.dim).double(), 0.0), lambda: ggn.logdet(-1.0), lambda: ggn.sample(0)):
+        with pytest.raises(ValueError, match="expected a positive number"):
+            call()
+    with pytest.raises(ValueError, match="vector has shape"):
+        ggn @ torch.zeros(3).double()
+    with pytest.raises(ValueError, match="top="):
+        LowRankGGN(top=0)
+    with pytest.raises(ValueError, match="groups="):
+        LowRankGGN(groups="module")
+    case = next(c for c in MODELS if c.name == "residual_cnn")
+    with pytest.raises(ValueError, match="LowRankGGN needs .* GiB"):
+        low_rank(case, memory=1000)
