@@ -279,7 +279,7 @@ class Engine:
                     if A is not None:
                         # V[k] = own[k] + Σ_q A[q, k] P[q]
                         flat = rows.view(-1, self.wanted[name].numel())
-                        flat.addmm_(A[n].flatten(0, 1), products[name].view(-1, flat.shape[1]))
+                        flat.addmm_(A[n].flatten(0, 1), products[name].reshape(-1, flat.shape[1]))
                     yield Rows(name, rows, n, c)
 
     def _own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:
