@@ -19,6 +19,7 @@ from bncurv.quantities import (
     SqrtGGNExact,
     SumComponentGradSquared,
 )
+from bncurv.report import CouplingReport
 from bncurv.sampling import ComponentDiagGGNMC, DiagGGNMC, SqrtGGNMC
 from bncurv.statistics import register_coupled
 
@@ -30,6 +31,7 @@ __all__ = [
     "ComponentGrad",
     "ComponentL2Grad",
     "ComponentVariance",
+    "CouplingReport",
     "DiagGGNExact",
     "DiagGGNMC",
     "LowRank",

@@ -48,7 +48,7 @@ class Costs:
             site = engine.trace.sites[j]
             cost += site.mark.coupling.statistics.numel() * self._through(site.upstream)
         for name, p in engine.wanted.items():
-            directions = sum(engine.trace.sites[j].mark.coupling.statistics.numel() for j in engine._above(name))
+            directions = sum(engine.trace.sites[j].mark.coupling.statistics.numel() for j in engine.above(name))
             cost += engine.samples * self._columns * p.numel() * (2.0 * directions + ELEMENTWISE / 4)
         return cost + (self.dense() if slow else 0.0)
 

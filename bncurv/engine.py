@@ -33,6 +33,7 @@ from torch.autograd.graph import GradientEdge
 
 from bncurv.certificate import find_mixing
 from bncurv.costs import Costs, chunks
+from bncurv.directions import Directions, TruncatedDirections
 from bncurv.record import Site, Trace, trace
 
 
@@ -59,12 +60,19 @@ class Mixed:
 
 
 class Rows(NamedTuple):
-    """A block of V: ``values [n, c, *p]`` of parameter ``name`` for the samples ``n`` and columns ``c``."""
+    """A block of V: ``values [n, c, *p]`` of parameter ``name`` for the samples ``n`` and columns ``c``.
+
+    In the coupled way also the coefficients ``A [n, c, R]`` and directions ``P [R, *p]`` that went into it and, where the
+    engine keeps it, the squared norm of the own part.
+    """
 
     name: str
     values: Tensor
     n: slice
     c: slice
+    own: Tensor | None = None
+    A: Tensor | None = None
+    P: Tensor | None = None
 
 
 class Engine:
@@ -77,6 +85,8 @@ class Engine:
         columns: total number of columns per sample that will be asked for; informs ``"auto"``.
         chunk_size: most vectors (cotangents of the batch, rows of V) held at once; ``None`` chooses by bytes.
         tick: called with the number of backward passes just done.
+        tol: relative tail of the coupling that may be dropped (``directions.py``); 0: none.
+        keep_own: hand out the squared norm of the own part with each block.
 
     Attributes:
         way: ``"coupled"`` or ``"dense"``.
@@ -94,16 +104,18 @@ class Engine:
         columns: int = 1,
         chunk_size: int | None = None,
         tick: Callable[[int], object] = int,
+        tol: float = 0.0,
+        keep_own: bool = False,
     ) -> None:
         self.output, self.wanted, self.passes, self._tick = output, wanted, 0, tick
         self.samples = output.shape[0]
-        self.chunk_size = chunk_size
+        self.chunk_size, self.keep_own = chunk_size, keep_own
         self.trace: Trace = trace(output, wanted.values())
         self.uses = self._find_uses()
-        self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self._calls_in(s.upstream)]
+        self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self.calls_in(s.upstream)]
         self._columns = columns
         self.costs = Costs(self, columns)
-        self._directions: tuple[dict[str, Tensor], dict[int, dict[int, Tensor]]] | None = None
+        self._tol, self.error = tol, {}
         self._slow = self._without_product()
         self.way = self._choose(method)
 
@@ -119,7 +131,7 @@ class Engine:
                     uses.setdefault(names[id(p)], []).append((j, role))
         return uses
 
-    def _calls_in(self, sites: int) -> list[int]:
+    def calls_in(self, sites: int) -> list[int]:
         """Sites of a bit set that hold a wanted parameter's call, in forward order."""
         wanted = {j for uses in self.uses.values() for j, _ in uses}
         return [j for j in sorted(wanted) if sites >> j & 1]
@@ -133,10 +145,10 @@ class Engine:
                 slow.append(name)
         return slow
 
-    def _site_edges(self, sites: list[int]) -> list[GradientEdge]:
+    def site_edges(self, sites: list[int]) -> list[GradientEdge]:
         return [self.trace.sites[j].edge for j in sites]
 
-    def _couplings_in(self, sites: int) -> list[int]:
+    def couplings_in(self, sites: int) -> list[int]:
         return [j for j in self.couplings if sites >> j & 1]
 
     # ---------------------------------------------------------------- which way
@@ -170,10 +182,10 @@ class Engine:
                     f"the input of '{site.mark.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
-        with self._gates("closed"):
-            return find_mixing(self.output, self.trace, self._calls_in(-1), self.samples)
+        with self.gates("closed"):
+            return find_mixing(self.output, self.trace, self.calls_in(-1), self.samples)
 
-    def _gates(self, state: str):
+    def gates(self, state: str):
         return _set_gates(self.trace.sites, state)
 
     def planned(self, columns: int) -> int:
@@ -186,22 +198,29 @@ class Engine:
         return columns + directions + (self.samples * columns if self._slow else 0)
 
     # ---------------------------------------------------------------- backward passes
-    def vjp(self, output: Tensor, edges: list, cotangents: Tensor) -> list[Tensor | None]:
+    def vjp(
+        self, outputs: Tensor | list[Tensor], edges: list[GradientEdge | Tensor], cotangents: Tensor | list[Tensor]
+    ) -> list[Tensor | None]:
         """Backward passes of ``cotangents [q, *output]`` at once: ``[q, *edge]`` per edge, ``None`` for zero."""
-        if not edges:
-            return []
-        self.passes += len(cotangents)
-        self._tick(len(cotangents))
-        if len(cotangents) == 1:
-            got = torch.autograd.grad(output, edges, cotangents[0], retain_graph=True, allow_unused=True)
-            return [None if g is None else g[None] for g in got]
-        return list(
-            torch.autograd.grad(
-                output, edges, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-        )
+        outputs, cotangents = ([t] if isinstance(t, Tensor) else t for t in (outputs, cotangents))
+        count = len(cotangents[0])
+        if not edges or not count:
+            return [None] * len(edges)
+        self.passes += count
+        self._tick(count)
+        batched = count > 1
+        got = torch.autograd.grad(
+            outputs, edges, cotangents if batched else [t[0] for t in cotangents],
+            retain_graph=True, allow_unused=True, is_grads_batched=batched,
+        )  # fmt: skip
+        return list(got) if batched else [None if g is None else g[None] for g in got]
 
-    def _summed(self, sites: list[int], deltas: list[Tensor | None]) -> dict[str, Tensor]:
+    def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> list[Tensor | None]:
+        """Cotangents at ``sites`` with the statistics held constant."""
+        with self.gates("closed"):
+            return self.vjp(output, self.site_edges(sites), cotangents)
+
+    def summed(self, sites: list[int], deltas: list[Tensor | None]) -> dict[str, Tensor]:
         """Parameter products summed over the batch: ``[q, *p]`` per parameter used at ``sites``."""
         cotangent = dict(zip(sites, deltas, strict=True))
         out: dict[str, Tensor] = {}
@@ -221,18 +240,29 @@ class Engine:
         loose = [name for name in names if name not in self.uses]
         sites = sorted({j for name in names for j, _ in self.uses.get(name, ())})
         q = len(cotangents)
-        with torch.no_grad(), self._gates("open"):
-            edges = self._site_edges(sites) + [self.wanted[name] for name in loose]
+        with torch.no_grad(), self.gates("open"):
+            edges = self.site_edges(sites) + [self.wanted[name] for name in loose]
             got = self.vjp(self.output, edges, cotangents)
-            summed = self._summed(sites, got[: len(sites)])
+            summed = self.summed(sites, got[: len(sites)])
         summed |= {name: g for name, g in zip(loose, got[len(sites) :], strict=True) if g is not None}
-        return {name: summed.get(name, self._zeros(name, q)) for name in names}
+        return {name: summed.get(name, self.zeros(name, q)) for name in names}
 
-    def _zeros(self, name: str, *lead: int) -> Tensor:
+    def zeros(self, name: str, *lead: int) -> Tensor:
         p = self.wanted[name]
         return torch.zeros((*lead, *p.shape), dtype=self.output.dtype, device=p.device)
 
     # ---------------------------------------------------------------- the two ways
+    @torch.no_grad()
+    def prepare(self, sources: list[Source]) -> None:
+        """Pull the coupling directions back; they serve all sources."""
+        if self.way != "coupled" or not sources:
+            return
+        if self._tol and self.couplings:
+            self.directions = TruncatedDirections(self, sources, self._tol)
+            self.error = self.directions.error
+        else:
+            self.directions = Directions(self)
+
     @torch.no_grad()
     def pull(self, source: Source | Mixed) -> Iterator[Rows]:
         """All rows of V of a source, in blocks."""
@@ -266,21 +296,20 @@ class Engine:
         names = [name for name in self.wanted if name not in self._slow]
         calls = sorted({j for name in names for j, _ in self.uses.get(name, ())})
         sites = sorted({*calls, *self.couplings})
-        products, _ = self._pull_directions()
         for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk()):
             columns = source.columns(c)
-            with self._gates("closed"):
-                delta = dict(zip(sites, self.vjp(self.output, self._site_edges(sites), columns), strict=True))
-            a = self._coefficients(delta, columns.shape[0])
+            delta = dict(zip(sites, self.closed_vjp(self.output, sites, columns), strict=True))
+            self.directions.read(delta, columns.shape[0])
             for name in names:
-                A = torch.cat([a[j] for j in self._above(name)], -1) if self._above(name) else None  # [n, c, R]
+                A, P = self.directions.coefficients(name), self.directions.products.get(name)
                 for n in self._row_chunks(name, columns.shape[0]):
                     rows = self._own(name, delta, n, columns.shape[0])
+                    own = torch.linalg.vector_norm(rows).square() if self.keep_own else None
                     if A is not None:
                         # V[k] = own[k] + Σ_q A[q, k] P[q]
                         flat = rows.view(-1, self.wanted[name].numel())
-                        flat.addmm_(A[n].flatten(0, 1), products[name].reshape(-1, flat.shape[1]))
-                    yield Rows(name, rows, n, c)
+                        flat.addmm_(A[n].flatten(0, 1), P.reshape(-1, flat.shape[1]))
+                    yield Rows(name, rows, n, c, own, None if A is None else A[n], P)
 
     def _own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:
         """Rows of V with the statistics held constant, ``[n, c, *p]``, contiguous."""
@@ -295,62 +324,12 @@ class Engine:
                 rows = rows.unflatten(0, (-1, t)).sum(1)
             rows = call.layer.unfold(rows, self.wanted[name].shape)
             total = rows if total is None else total + rows
-        return self._zeros(name, n.stop - n.start, count) if total is None else total.contiguous()
+        return self.zeros(name, n.stop - n.start, count) if total is None else total.contiguous()
 
-    def _above(self, name: str) -> list[int]:
+    def above(self, name: str) -> list[int]:
         """Couplings whose statistics depend on a parameter, in forward order."""
         bits = sum({1 << j for j, _ in self.uses.get(name, ())})
         return [j for j in self.couplings if self.trace.sites[j].upstream & bits]
-
-    def _coefficients(self, delta: dict[int, Tensor | None], count: int) -> dict[int, Tensor]:
-        """A of every coupling, ``[n, c, R]``: direct part, then what arrives through the couplings above it."""
-        _, between = self._pull_directions()
-        a: dict[int, Tensor] = {}
-        for j in self.couplings:
-            coupling, d = self.trace.sites[j].mark.coupling, delta[j]
-            if d is None:
-                a[j] = self.output.new_zeros(self.samples, count, coupling.statistics.numel())
-            else:
-                rows = coupling.per_sample(d)  # [c, n·t, R]
-                a[j] = rows.reshape(count, self.samples, -1, rows.shape[-1]).sum(2).transpose(0, 1)
-        for upper in reversed(self.couplings):
-            for lower, b in between[upper].items():
-                a[lower] = a[lower] + a[upper] @ b
-        return a
-
-    def _pull_directions(self) -> tuple[dict[str, Tensor], dict[int, dict[int, Tensor]]]:
-        """P ``[R, *p]`` per parameter for the couplings above it, in order; B by upper and lower coupling."""
-        if self._directions is None:
-            parts: dict[str, list[Tensor]] = {}
-            between: dict[int, dict[int, Tensor]] = {}
-            for j in self.couplings:
-                rows, between[j] = self._pull_statistics(j)
-                for name, r in rows.items():
-                    parts.setdefault(name, []).append(r)
-            self._directions = {name: torch.cat(rows) for name, rows in parts.items()}, between
-        return self._directions
-
-    def _pull_statistics(self, j: int) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """P and B of one coupling: its statistics, one coordinate after the other, pulled back."""
-        site = self.trace.sites[j]
-        statistics, lower = site.mark.coupling.statistics, self._couplings_in(site.upstream)
-        sites = sorted({*self._calls_in(site.upstream), *lower})
-        names = [name for name in self.uses if j in self._above(name)]
-        eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
-        products: dict[str, list[Tensor]] = {name: [] for name in names}
-        between: dict[int, list[Tensor]] = {i: [] for i in lower}
-        for q in chunks(len(eye), self.chunk_size or self.costs.direction_chunk(j)):
-            cotangents = eye[q].view(-1, *statistics.shape)
-            with self._gates("closed"):
-                deltas = self.vjp(statistics, self._site_edges(sites), cotangents)
-            rows = self._summed(sites, deltas)
-            for name in names:
-                products[name].append(rows.get(name, self._zeros(name, len(cotangents))))
-            for i in lower:
-                d, below = deltas[sites.index(i)], self.trace.sites[i].mark.coupling
-                zero = eye.new_zeros(len(cotangents), below.statistics.numel())
-                between[i].append(zero if d is None else below.summed(d))
-        return {n: torch.cat(r) for n, r in products.items()}, {i: torch.cat(b) for i, b in between.items()}
 
     def _row_chunks(self, name: str, count: int) -> Iterator[slice]:
         if self.chunk_size:

@@ -27,11 +27,13 @@ class Quantity(BackpropExtension):
         field: attribute of parameters and of `Results` that receives the result.
         pulls: the columns pulled back, of ``"gradient"`` (∂L/∂F, one per sample) and ``"factor"`` (S).
         per_component: whether the result's leading axis is the sample; mini-batches are then concatenated.
+        coupled_only: whether the coupled way must be taken.
     """
 
     field: ClassVar[str]
     pulls: ClassVar[tuple[str, ...]] = ("factor",)
     per_component: ClassVar[bool] = False
+    coupled_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__(self.field, {}, fail_mode="SILENT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean
 
 from cell import Cell, Row
@@ -34,11 +35,11 @@ class Settings:
 def measure_cell(problem: Problem, job_name: str, settings: Settings) -> list[Row]:
     """Tune, plan, time in alternating order, then memory, FLOPs and errors; one row each."""
     job = JOBS[job_name]
-    found = peers(job_name) + (ours(job_name) if available() else [])
+    found = peers(job_name, problem.X.ndim == 4) + (ours(job_name) if available() else [])
     if settings.only:
         found = [c for c in found if any(part in c.name for part in settings.only)]
     entries = [Entry(c) for c in found]
-    share, gate = settings.budget / max(1, len(entries)), Gate(settings.patience)
+    share, gate = settings.budget / max(1, len(entries)), Gate(settings.patience, settings.clock)
     for entry in entries:
         prepare(entry, entries, problem, job, share, settings, gate)
     take_samples([e for e in entries if not e.skipped], problem, share, settings, gate)
@@ -93,9 +94,9 @@ def take_samples(
             if done or late or (entry.samples and entry.used + cost > 2 * share):
                 continue
             gate.wait()
-            sample = time_call(lambda e=entry: e.call(problem), problem.device, entry.inner)
+            sample = time_call(partial(entry.call, problem), problem.device, entry.inner)
             entry.samples.append(sample)
-            entry.single = min(entry.single, sample.seconds)
+            entry.single = min(entry.single, sample.on(settings.clock))
             entry.used += entry.inner * gate.charge(sample, entry.single)
 
 

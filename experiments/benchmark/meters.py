@@ -64,9 +64,14 @@ def time_call(call: Callable[[], Any], device: torch.device, inner: int = 1) -> 
 
 @dataclass
 class Gate:
-    """Waits for busy neighbours to stop, as long as its patience lasts."""
+    """Waits for busy neighbours to stop, as long as its patience lasts; keeps the clock."""
 
     patience: float = 0.0
+    clock: str = "wall"
+
+    def now(self) -> float:
+        """The time on the clock that counts."""
+        return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
     def wait(self) -> None:
         """Return when other processes are quiet, or when the patience is used up."""

@@ -160,13 +160,10 @@ FLOORS: dict[str, Runner] = {
 }
 
 
-def peers(job: str) -> list[Competitor]:
+def peers(job: str, images: bool = True) -> list[Competitor]:
     """All competitors of a job, the reference (exact, cheap to trust) first."""
-    found = [
-        plain(name, way, JOBS[job])
-        for name, way in WAYS.items()
-        if not (job == "mc" and name == "func jacrev")
-    ]
+    unfit = ["func jacrev"] * (job == "mc") + ["autograd batched NHWC"] * (not images)
+    found = [plain(name, way, JOBS[job]) for name, way in WAYS.items() if name not in unfit]
     found.sort(key=lambda c: c.name != "autograd batched")
     if job == "top10":
         found.append(Competitor("curvlinops eigsh", "peer", curvlinops_eigsh))

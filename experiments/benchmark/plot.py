@@ -25,6 +25,7 @@ Row = dict[str, Any]
 STYLES: dict[str, tuple[str, str, str]] = {
     "autograd loop": ("#999999", "v", "-"),
     "autograd batched": ("#56B4E9", "s", "-"),
+    "autograd batched NHWC": ("#56B4E9", "p", "--"),
     "func vmap(vjp)": ("#009E73", "^", "-"),
     "func jacrev": ("#E69F00", "D", "-"),
     "curvlinops J^T": ("#CC79A7", "P", "-"),

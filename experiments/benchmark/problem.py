@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from factors import Columns, exact_columns, gradient_columns, random_columns
@@ -33,16 +34,15 @@ class Problem:
         self.params = tuple(self.model.parameters())
         self.sizes = [p.numel() for p in self.params]
         self.D = sum(self.sizes)
-        self.activations = 0
-        hooks = [m.register_forward_hook(self._count) for m in self.model.modules()]
+        self.largest = 0  # elements of the largest activation
+        hooks = [m.register_forward_hook(self._note) for m in self.model.modules()]
         self.classes = self.model(self.X).shape[1]
         for hook in hooks:
             hook.remove()
 
-    def _count(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        """Add a leaf module's output to the number of activations."""
-        if not list(module.children()):
-            self.activations += output.numel()
+    def _note(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        """Note the size of a module's output."""
+        self.largest = max(self.largest, output.numel())
 
     @property
     def per_sample(self) -> int:
@@ -58,6 +58,12 @@ class Problem:
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
         return model
+
+    @cached_property
+    def channels_last(self) -> tuple[nn.Module, Tensor]:
+        """A copy of the model and the batch, both in channels-last layout."""
+        model = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
+        return model, self.X.contiguous(memory_format=torch.channels_last)
 
     def generator(self) -> torch.Generator:
         """A fresh generator for this call's draw (on the CPU)."""
@@ -89,7 +95,7 @@ class Diagonal:
             else:
                 total.add_(row.square_().sum(0))
 
-    def finish(self, state: list[Tensor]) -> Tensor:
+    def finish(self, state: list[Tensor]) -> Any:
         """The result."""
         return torch.cat([s.flatten() for s in state])
 
@@ -124,7 +130,7 @@ class Stored(Diagonal):
         for part, row in zip(parts, rows, strict=True):
             part.copy_(row.flatten(1))
 
-    def finish(self, state: list[Tensor]) -> Tensor:
+    def finish(self, state: list[Tensor]) -> Any:
         """The rows themselves."""
         return state[0]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
-import torch
-from meters import Gate, Sample, total_memory
+from meters import Gate, Sample, synchronize, total_memory
 from peers import Competitor
 from problem import Job, Problem
 
@@ -43,13 +41,13 @@ def bytes_needed(competitor: Competitor, problem: Problem, job: Job) -> int:
     return 4 * job.count(problem) * problem.D if job.stored else 0
 
 
-def _seconds(entry: Entry, problem: Problem, chunk: int, columns: int) -> float:
+def _seconds(entry: Entry, problem: Problem, chunk: int, columns: int, gate: Gate) -> float:
     """Seconds of one partial call, per column."""
-    start = time.perf_counter()
+    gate.wait()
+    start = gate.now()
     done = entry.competitor.run(problem, chunk, columns).columns
-    if problem.device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / (done or columns)
+    synchronize(problem.device)
+    return (gate.now() - start) / (done or columns)
 
 
 def tune(
@@ -67,16 +65,14 @@ def tune(
         late = spent + best * columns > share / 4
         if best and (late or worse == 2 or _heavy(problem, chunk, room)):
             break
-        gate.wait()
-        entry.tuned[chunk] = _seconds(entry, problem, chunk, columns)
+        entry.tuned[chunk] = _seconds(entry, problem, chunk, columns, gate)
         spent += entry.tuned[chunk] * columns
         worse = worse + 1 if best and entry.tuned[chunk] > 1.3 * best else 0
     for _ in range(2):  # the three best again, the machine may have been busy
         for chunk in sorted(entry.tuned, key=entry.tuned.__getitem__)[:3]:
             columns = min(K, max(chunk, PROBE))
             if spent + entry.tuned[chunk] * columns < share / 4:
-                gate.wait()
-                again = _seconds(entry, problem, chunk, columns)
+                again = _seconds(entry, problem, chunk, columns, gate)
                 entry.tuned[chunk] = min(entry.tuned[chunk], again)
                 spent += again * columns
     entry.chunk = min(entry.tuned, key=entry.tuned.__getitem__)
@@ -84,8 +80,8 @@ def tune(
 
 
 def _heavy(problem: Problem, chunk: int, room: float) -> bool:
-    """Whether a chunk would hold too much: about four activation sets per cotangent."""
-    return 4 * 4.0 * chunk * problem.activations > room
+    """Whether a chunk would hold too much: eight of the largest activations and two rows each."""
+    return 4.0 * chunk * (8 * problem.largest + 2 * problem.D) > room
 
 
 def plan(
@@ -101,18 +97,18 @@ def plan(
             chunk = entry.chunk or 1
             entry.limit = max(chunk, affordable // chunk * chunk)
     gate.wait()
-    start = time.perf_counter()
+    start = gate.now()
     outcome = competitor.run(problem, entry.chunk, entry.limit)
-    if problem.device.type == "cuda":
-        torch.cuda.synchronize()
-    entry.single = time.perf_counter() - start
+    synchronize(problem.device)
+    entry.single = gate.now() - start
     if outcome.columns is not None and outcome.columns < K:
         entry.columns = outcome.columns
     else:
         entry.limit = None
     entry.used += entry.single
     if entry.single < 0.5:  # the first call may have been slow for its own reasons
-        start = time.perf_counter()
+        start = gate.now()
         entry.call(problem)
-        entry.single = time.perf_counter() - start
+        synchronize(problem.device)
+        entry.single = gate.now() - start
     entry.inner = max(1, round(min_time / max(entry.single, 1e-6)))

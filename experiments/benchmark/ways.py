@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from factors import Columns
 from problem import Job, Problem
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
 Rows = Iterator[tuple[int, list[Tensor]]]
@@ -48,20 +48,28 @@ def loop(problem: Problem, job: Job, chunk: int, limit: int | None) -> Rows:
             yield k, [row.unsqueeze(0) for row in rows]
 
 
-def batched(problem: Problem, job: Job, chunk: int, limit: int | None) -> Rows:
-    """``torch.autograd.grad(..., is_grads_batched=True)`` in chunks."""
-    F = problem.model(problem.X)
+def _batched(
+    problem: Problem, job: Job, chunk: int, limit: int | None, model: nn.Module, X: Tensor
+) -> Rows:
+    """``is_grads_batched`` on a given copy of the model."""
+    F, params = model(X), tuple(model.parameters())
     columns = job.columns(problem, F)
     for start, stop in _ranges(columns, chunk, limit):
-        cotangents = columns.chunk(start, stop)
-        yield (
-            start,
-            list(
-                torch.autograd.grad(
-                    F, problem.params, cotangents, retain_graph=True, is_grads_batched=True
-                )
-            ),
+        rows = torch.autograd.grad(
+            F, params, columns.chunk(start, stop), retain_graph=True, is_grads_batched=True
         )
+        yield start, list(rows)
+
+
+def batched(problem: Problem, job: Job, chunk: int, limit: int | None) -> Rows:
+    """``torch.autograd.grad(..., is_grads_batched=True)`` in chunks."""
+    return _batched(problem, job, chunk, limit, problem.model, problem.X)
+
+
+def batched_channels_last(problem: Problem, job: Job, chunk: int, limit: int | None) -> Rows:
+    """The same in channels-last layout (faster for some convolutional networks)."""
+    model, X = problem.channels_last
+    return _batched(problem, job, chunk, limit, model, X)
 
 
 def func_vjp(problem: Problem, job: Job, chunk: int, limit: int | None) -> Rows:
@@ -124,6 +132,7 @@ def curvlinops_vjp(problem: Problem, job: Job, chunk: int, limit: int | None) ->
 WAYS: dict[str, Way] = {
     "autograd loop": loop,
     "autograd batched": batched,
+    "autograd batched NHWC": batched_channels_last,
     "func vmap(vjp)": func_vjp,
     "func jacrev": func_jacrev,
     "curvlinops J^T": curvlinops_vjp,

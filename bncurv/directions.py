@@ -1,0 +1,157 @@
+"""Coupling directions: what the batch statistics contribute to V, V[k] = own[k] + Σ_q A[q, k] P[q].
+
+`Directions`: the coordinates of the statistics themselves. With closed gates a direction passes only the layers below
+its BatchNorm, up to the next statistics; B carries A from upper statistics to lower ones (glossary: ``engine.py``).
+
+`TruncatedDirections`: the leading left singular vectors of A, for ``tol > 0``, with an estimate of the error made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bncurv.costs import chunks
+
+if TYPE_CHECKING:
+    from bncurv.engine import Engine, Source
+
+PROBES = 4  # random combinations of dropped directions that estimate the error of a truncation
+
+
+class Directions:
+    """The statistics' own coordinates: exact.
+
+    Attributes:
+        products: P by parameter name, ``[R, *p]`` for the couplings above the parameter, in forward order.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._a: dict[int, Tensor] = {}
+        self._between: dict[int, dict[int, Tensor]] = {}
+        parts: dict[str, list[Tensor]] = {}
+        for j in engine.couplings:
+            rows, self._between[j] = self._pull(j)
+            for name, r in rows.items():
+                parts.setdefault(name, []).append(r)
+        self.products = {name: torch.cat(rows) for name, rows in parts.items()}
+
+    def _pull(self, j: int) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """P and B of coupling ``j``: its statistics, one coordinate after the other, pulled back."""
+        engine, site = self._engine, self._engine.trace.sites[j]
+        statistics, lower = site.mark.coupling.statistics, engine.couplings_in(site.upstream)
+        sites = sorted({*engine.calls_in(site.upstream), *lower})
+        names = [name for name in engine.uses if j in engine.above(name)]
+        eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
+        products: dict[str, list[Tensor]] = {name: [] for name in names}
+        between: dict[int, list[Tensor]] = {i: [] for i in lower}
+        for q in chunks(len(eye), engine.chunk_size or engine.costs.direction_chunk(j)):
+            deltas = engine.closed_vjp(statistics, sites, eye[q].view(-1, *statistics.shape))
+            rows = engine.summed(sites, deltas)
+            for name in names:
+                products[name].append(rows[name] if name in rows else engine.zeros(name, len(eye[q])))
+            for i in lower:
+                d, below = deltas[sites.index(i)], engine.trace.sites[i].mark.coupling
+                between[i].append(
+                    eye.new_zeros(len(eye[q]), below.statistics.numel()) if d is None else below.summed(d)
+                )
+        return {n: torch.cat(r) for n, r in products.items()}, {i: torch.cat(b) for i, b in between.items()}
+
+    def read(self, delta: dict[int, Tensor | None], count: int) -> None:
+        """Take A from the cotangents of ``count`` columns with closed gates."""
+        a = self._a = read_coefficients(self._engine, delta, count)
+        for upper in reversed(self._engine.couplings):
+            for lower, b in self._between[upper].items():
+                a[lower] = a[lower] + a[upper] @ b
+
+    def coefficients(self, name: str) -> Tensor | None:
+        """A of the directions above a parameter, ``[n, c, R]``."""
+        above = self._engine.above(name)
+        return torch.cat([self._a[j] for j in above], -1) if above else None
+
+
+class TruncatedDirections:
+    """Leading directions of the whole coupling: A = U Σ Oᵀ, kept while the tail is above ``tol``.
+
+    The directions U_q on all statistics at once are pulled back with open gates, r passes. What is dropped,
+    ΔV = Σ_{q>r} O_q σ_q P_q with orthonormal O_q, has E‖Σ_{q>r} ε_q σ_q P_q‖² = ‖ΔV‖_F² for random signs ε: a few more
+    passes estimate it.
+
+    Args:
+        engine: the engine.
+        sources: all columns that will be pulled back.
+        tol: keep the smallest r with (Σ_{q>r} σ_q²)^(1/2) <= tol (Σ_q σ_q²)^(1/2).
+
+    Attributes:
+        products: P by parameter name, ``[r, *p]``.
+        error: estimated ‖ΔV‖_F by parameter name, over all sources together.
+        kept, total: number of directions kept, and of those with a non-zero singular value.
+    """
+
+    def __init__(self, engine: Engine, sources: list[Source], tol: float) -> None:
+        self._engine = engine
+        a = torch.cat([self._all_coefficients(s) for s in sources])  # [K, R]
+        squares, U = torch.linalg.eigh((a.T @ a).double())
+        squares, U = squares.flip(0).clamp(min=0), U.flip(1)
+        tail = squares.flip(0).cumsum(0).flip(0)  # Σ_{q >= r}
+        self.kept = int((tail > tol**2 * tail[0]).sum())
+        self.total = int((squares > 1e-12 * squares[0]).sum())
+        self._basis = U[:, : self.kept].to(a.dtype)
+        self.products = self._pull(self._basis.T)
+        signs = torch.randint(
+            2, (PROBES, len(squares) - self.kept), generator=torch.Generator().manual_seed(0), device="cpu"
+        ).to(U)
+        probes = (2 * signs - 1) * squares[self.kept :].sqrt() @ U[:, self.kept :].T
+        dropped = self._pull(probes.to(a.dtype))
+        self.error = {n: float(torch.linalg.vector_norm(p)) / PROBES**0.5 for n, p in dropped.items()}
+
+    def _all_coefficients(self, source: Source) -> Tensor:
+        engine, parts = self._engine, []
+        for c in chunks(source.columns_per_sample, engine.chunk_size or engine.costs.column_chunk()):
+            columns = source.columns(c)
+            delta = dict(zip(engine.couplings, engine.closed_vjp(engine.output, engine.couplings, columns), strict=True))
+            a = read_coefficients(engine, delta, columns.shape[0])
+            parts.append(torch.cat(list(a.values()), -1).flatten(0, 1))
+        return torch.cat(parts)
+
+    def _pull(self, directions: Tensor) -> dict[str, Tensor]:
+        """Directions ``[q, R]`` on all statistics, pulled back with open gates: ``[q, *p]`` per parameter."""
+        engine = self._engine
+        statistics = [engine.trace.sites[j].mark.coupling.statistics for j in engine.couplings]
+        sites = engine.calls_in(-1)
+        names = [name for name in engine.uses if engine.above(name)]
+        parts: dict[str, list[Tensor]] = {name: [engine.zeros(name, 0)] for name in names}
+        for q in chunks(len(directions), engine.chunk_size or engine.costs.dense_chunk()):
+            split = directions[q].split([s.numel() for s in statistics], -1)
+            cotangents = [part.reshape(-1, *s.shape) for part, s in zip(split, statistics, strict=True)]
+            with engine.gates("open"):
+                deltas = engine.vjp(statistics, engine.site_edges(sites), cotangents)
+            rows = engine.summed(sites, deltas)
+            for name in names:
+                parts[name].append(rows[name] if name in rows else engine.zeros(name, len(directions[q])))
+        return {name: torch.cat(p) for name, p in parts.items()}
+
+    def read(self, delta: dict[int, Tensor | None], count: int) -> None:
+        """Take the coefficients of ``count`` columns from their cotangents with closed gates."""
+        a = read_coefficients(self._engine, delta, count)
+        self._a = torch.cat(list(a.values()), -1) @ self._basis
+
+    def coefficients(self, name: str) -> Tensor | None:
+        """Coefficients ``[n, c, r]``."""
+        return self._a if self._engine.above(name) else None
+
+
+def read_coefficients(engine: Engine, delta: dict[int, Tensor | None], count: int) -> dict[int, Tensor]:
+    """A of every coupling before the chain through lower statistics, ``[n, c, R]``."""
+    a: dict[int, Tensor] = {}
+    for j in engine.couplings:
+        coupling, d = engine.trace.sites[j].mark.coupling, delta[j]
+        if d is None:
+            a[j] = engine.output.new_zeros(engine.samples, count, coupling.statistics.numel())
+        else:
+            rows = coupling.per_sample(d)  # [c, n·t, R]
+            a[j] = rows.reshape(count, engine.samples, -1, rows.shape[-1]).sum(2).transpose(0, 1)
+    return a

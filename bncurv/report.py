@@ -1,0 +1,97 @@
+"""The coupling report: how much of the curvature runs through the batch statistics, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bncurv.engine import Rows
+from bncurv.quantities import Quantity
+
+
+@dataclass(eq=False)
+class LayerCoupling:
+    """One layer's share.
+
+    Attributes:
+        own_trace: trace of the GGN with the batch statistics held constant, what a per-sample tool would give.
+        full_trace: trace of the exact GGN.
+        directions: number of statistics above the layer, through which its parameters couple samples (R).
+    """
+
+    own_trace: float
+    full_trace: float
+    directions: int
+    _AA: Tensor
+    _PP: Tensor
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """Singular values of the correction V - own = A P, descending."""
+        # (A P)(A P)ᵀ has the non-zero eigenvalues of (AᵀA)^½ P Pᵀ (AᵀA)^½
+        values, vectors = torch.linalg.eigh(self._AA)
+        root = vectors * values.clamp(min=0).sqrt()
+        return torch.linalg.eigvalsh(root.T @ self._PP @ root).clamp(min=0).sqrt().flip(0)
+
+
+class CouplingReport(Quantity):
+    """Coupling per layer, ``{module name: LayerCoupling}``: ``Results.coupling``, or ``.result`` after ``backward()``.
+
+    Needs the coupled way. Over several mini-batches the report is that of the first.
+    """
+
+    field = "coupling"
+    coupled_only = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.result: dict[str, LayerCoupling] = {}
+
+    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+        """Per parameter: own and full trace, AᵀA, P."""
+        return {name: {"own": 0.0, "full": 0.0, "AA": 0.0, "P": None} for name in parameters}
+
+    def add(self, state: Any, key: str, rows: Rows) -> None:
+        """Squared norms before and after the correction."""
+        sums = state[rows.name]
+        full = torch.linalg.vector_norm(rows.values).square()
+        sums["full"] = sums["full"] + full
+        sums["own"] = sums["own"] + (full if rows.own is None else rows.own)
+        if rows.A is not None:
+            A = rows.A.flatten(0, 1).double()
+            sums["AA"] = sums["AA"] + A.T @ A
+            sums["P"] = rows.P
+
+    def finish(self, state: Any) -> dict[str, Any]:
+        """Parameters of a module together; they share its couplings."""
+        layers: dict[str, list[dict[str, Any]]] = {}
+        for name, sums in state.items():
+            layers.setdefault(name.rpartition(".")[0], []).append(sums)
+        return {self.field: {layer: self._layer(parts) for layer, parts in layers.items()}}
+
+    def _layer(self, parts: list[dict[str, Any]]) -> LayerCoupling:
+        own, full = (float(sum(p[key] for p in parts)) for key in ("own", "full"))
+        coupled = [p for p in parts if p["P"] is not None]
+        if not coupled:
+            return LayerCoupling(own, full, 0, torch.zeros(0, 0), torch.zeros(0, 0))
+        size = max(len(p["P"]) for p in coupled)
+        flat = [p["P"].reshape(size, -1).double() for p in coupled if len(p["P"]) == size]
+        AA = next(p["AA"] for p in coupled if len(p["P"]) == size)
+        return LayerCoupling(own, full, size, AA, sum(P @ P.T for P in flat))
+
+    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """The first mini-batch's report."""
+        return batches[0]
+
+    def deliver(self, fields: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Keep the report on this object."""
+        self.result = fields[self.field]
+
+    def withdraw(self, parameters: Mapping[str, Tensor]) -> None:
+        """Forget it."""
+        self.result = {}
