@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bncurv.engine import Engine, Mixed
+from bncurv.foreign import backpack_set_aside
 from bncurv.losses import LossAtBatch, evaluate, find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
@@ -148,12 +149,13 @@ def curvature(
         torch.Size([3, 4])
     """
     check_quantities(quantities)
-    check_options(tol, chunk_size)
+    check_options(method, tol, chunk_size)
     find_loss(loss_fn)
     wanted = select_parameters(model, params)
     batches: list[dict[str, Any]] = []
     passes, way, error = 0, "", {}
-    with left_as_is(model), tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False) as bar:
+    bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
+    with torch.inference_mode(False), backpack_set_aside(), left_as_is(model), bar:
         for X, y in _batches(data):
             with torch.enable_grad(), Recorder(model):
                 output = _forward(model, X, y, wanted)
@@ -184,12 +186,14 @@ def check_quantities(quantities: Iterable[Any]) -> None:
         raise ValueError(f"quantities {names} name the same field twice; ask for each once.")
 
 
-def check_options(tol: float, chunk_size: int | None) -> None:
-    """Raise ValueError for a tolerance or chunk size that means nothing."""
+def check_options(method: str, tol: float, chunk_size: int | None) -> None:
+    """Raise ValueError for a method, tolerance or chunk size that means nothing."""
+    if method not in ("auto", "coupled", "dense"):
+        raise ValueError(f"method={method!r}; expected 'auto', 'coupled' or 'dense'.")
     if not 0 <= tol < 1:
         raise ValueError(f"tol={tol!r}; expected a relative tolerance, 0 <= tol < 1.")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size={chunk_size!r}; expected a positive integer, or None to choose by bytes.")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+        raise ValueError(f"chunk_size={chunk_size!r}; expected None or a positive integer (vectors held at once).")
 
 
 def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[str, Tensor]:
@@ -280,7 +284,7 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> None:
 def left_as_is(model: nn.Module) -> Iterator[None]:
     """Restore the model's buffers and the random state on leaving the block, whatever happens."""
     tables = [(m._buffers, dict(m._buffers)) for m in model.modules()]
-    values = [(b, b._version, b.clone()) for b in model.buffers()]
+    values = [(b, b.clone()) for b in model.buffers()]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=[d.index for d in devices]):
         try:
@@ -290,6 +294,6 @@ def left_as_is(model: nn.Module) -> Iterator[None]:
                 table.clear()
                 table.update(entries)
             with torch.no_grad():
-                for buffer, version, value in values:
-                    if buffer._version != version:
+                for buffer, value in values:  # by value: batch_norm bumps no version of its running statistics
+                    if not torch.equal(buffer, value):
                         buffer.copy_(value)

@@ -25,13 +25,11 @@ def _leaks(
     u = torch.randn(shape, generator=generator).to(like)
     scale = (0.5 + torch.rand(samples, generator=generator)).to(like)
     rows = scale.repeat_interleave(shape[0] // samples).view(-1, *(1,) * (len(shape) - 1))
-    got = torch.autograd.grad(
-        output, edges, torch.stack([u, rows * u]), retain_graph=True, allow_unused=True, is_grads_batched=True
-    )
-    for g in got:
-        if g is None or g.shape[1] % samples:
+    got = [torch.autograd.grad(output, edges, t, retain_graph=True, allow_unused=True) for t in (u, rows * u)]
+    for g in zip(*got, strict=True):
+        if g[0] is None or g[0].shape[0] % samples:
             continue
-        plain, scaled = g.reshape(2, samples, -1)
+        plain, scaled = (t.reshape(samples, -1) for t in g)
         difference = torch.linalg.vector_norm(scaled - scale[:, None] * plain, dim=1).max()
         if bool(difference > TOLERANCE[like.dtype] * torch.linalg.vector_norm(plain, dim=1).max()):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ class Costs:
     """Cost model of one recorded forward pass, in FLOPs (elementwise work converted)."""
 
     def __init__(self, engine: Engine, columns: int) -> None:
-        self._engine, self._columns = engine, columns
+        self._engine, self._columns = weakref.proxy(engine), columns  # no cycle: graphs die with the call
         self._calls = [(j, s.mark.call) for j, s in enumerate(engine.trace.sites) if s.mark.call]
         self._backward = {}  # site → FLOPs of one cotangent through it: input gradient + parameter product
         for j, call in self._calls:

@@ -8,6 +8,7 @@ its BatchNorm, up to the next statistics; B carries A from upper statistics to l
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ class Directions:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine = weakref.proxy(engine)  # no cycle: graphs die with the call
         self._a: dict[int, Tensor] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
         parts: dict[str, list[Tensor]] = {}
@@ -92,7 +93,7 @@ class TruncatedDirections:
     """
 
     def __init__(self, engine: Engine, sources: list[Source], tol: float) -> None:
-        self._engine = engine
+        self._engine = weakref.proxy(engine)
         a = torch.cat([self._all_coefficients(s) for s in sources])  # [K, R]
         squares, U = torch.linalg.eigh((a.T @ a).double())
         squares, U = squares.flip(0).clamp(min=0), U.flip(1)

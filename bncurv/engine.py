@@ -22,6 +22,7 @@ backpropagates all N·C columns with open gates. Both are exact.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,8 +154,6 @@ class Engine:
 
     # ---------------------------------------------------------------- which way
     def _choose(self, method: str) -> str:
-        if method not in ("auto", "coupled", "dense"):
-            raise ValueError(f"method={method!r}; expected 'auto', 'coupled' or 'dense'.")
         if method == "dense":
             return "dense"
         if self._slow and self._columns:
@@ -208,12 +207,14 @@ class Engine:
             return [None] * len(edges)
         self.passes += count
         self._tick(count)
-        batched = count > 1
-        got = torch.autograd.grad(
-            outputs, edges, cotangents if batched else [t[0] for t in cotangents],
-            retain_graph=True, allow_unused=True, is_grads_batched=batched,
-        )  # fmt: skip
-        return list(got) if batched else [None if g is None else g[None] for g in got]
+        pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+        if count > 1:
+            try:
+                return list(pull(outputs, edges, cotangents, is_grads_batched=True))
+            except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
+                pass
+        rows = [pull(outputs, edges, [t[i] for t in cotangents]) for i in range(count)]
+        return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
 
     def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> list[Tensor | None]:
         """Cotangents at ``sites`` with the statistics held constant."""

@@ -62,7 +62,8 @@ class Problem:
     @cached_property
     def channels_last(self) -> tuple[nn.Module, Tensor]:
         """A copy of the model and the batch, both in channels-last layout."""
-        model = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
+        model: Any = copy.deepcopy(self.model)
+        model.to(memory_format=torch.channels_last)
         return model, self.X.contiguous(memory_format=torch.channels_last)
 
     def generator(self) -> torch.Generator:

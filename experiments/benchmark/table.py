@@ -59,6 +59,12 @@ def rate(row: Row | None) -> str:
     return f"{row['gflops']:.0f} ({row['gemm_fraction']:.0%})"
 
 
+def ratio(peer: Row | None, mine: Row | None) -> str:
+    """How many times faster ours is."""
+    theirs, own = (None if row is None else clock(row) for row in (peer, mine))
+    return f"**{theirs / own:.1f}×**" if theirs and own else "–"
+
+
 def summary(cells: list[list[Row]]) -> str:
     """One line per cell: best peer, floor, ours, ratio."""
     header = ["net", "C", "N", "best peer", "time", "MiB", "passes", "GFLOP/s (of GEMM)"]
@@ -74,7 +80,7 @@ def summary(cells: list[list[Row]]) -> str:
             line += [name, seconds(row), number(got.get("peak_mib"), ".0f")]
             line += [number(got.get("passes"), "d"), rate(row)]
         line.append(number((mine or {}).get("error"), ".0e"))
-        line.append(f"**{clock(peer) / clock(mine):.1f}×**" if peer and mine else "–")
+        line.append(ratio(peer, mine))
         line.append(seconds(best(rows, "floor")))
         lines.append(line)
     return table(header, lines)
