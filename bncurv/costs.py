@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bncurv.engine import Engine
 
 CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
+RIGHT_BYTES = 512 * 2**20  # unfolded inputs of all layers kept for reuse
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
 ELEMENTWISE = 60.0  # FLOPs that one output entry's elementwise work (normalisation, activation) is worth
 

@@ -9,6 +9,7 @@ its BatchNorm, up to the next statistics; B carries A from upper statistics to l
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,30 +23,78 @@ if TYPE_CHECKING:
 PROBES = 4  # random combinations of dropped directions that estimate the error of a truncation
 
 
-class Directions:
-    """The statistics' own coordinates: exact.
+@dataclass(frozen=True)
+class Correction:
+    """Σ_q A[q, k] P[q] for one parameter.
+
+    The statistics of the BatchNorm directly above a layer's output are a special case: the parameters of channel o feel
+    the statistics of channel o only, so that their P is kept per channel.
 
     Attributes:
-        products: P by parameter name, ``[R, *p]`` for the couplings above the parameter, in forward order.
+        A: coefficients ``[n, c, R]`` (``None``: none).
+        P: directions ``[R, *p]``.
+        direct: pairs of coefficients ``[n, c, 2, o]`` and directions ``[2, *p]``, o the parameter's axis 0.
     """
+
+    A: Tensor | None = None
+    P: Tensor | None = None
+    direct: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def add_to(self, rows: Tensor, n: slice) -> None:
+        """Add the correction of the samples ``n`` to their rows ``[n, c, *p]``."""
+        if self.A is not None and self.P is not None:
+            flat = rows.view(rows.shape[0] * rows.shape[1], -1)
+            flat.addmm_(self.A[n].flatten(0, 1), self.P.reshape(len(self.P), -1))
+        for a, p in self.direct:
+            by_channel = rows.view(*rows.shape[:2], p.shape[1], -1)
+            for moment in range(2):
+                by_channel.addcmul_(a[n, :, moment, :, None], p[moment].reshape(p.shape[1], -1))
+
+    def dense(self) -> tuple[Tensor, Tensor] | None:
+        """All of it as one pair ``A [n, c, R]``, ``P [R, p]``; ``None`` if there is nothing."""
+        pairs = [] if self.A is None else [(self.A, self.P.reshape(len(self.P), -1))]
+        for a, p in self.direct:
+            eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+            spread = torch.einsum("toi,oc->tcoi", p.reshape(2, p.shape[1], -1), eye)
+            pairs.append((a.flatten(2), spread.reshape(2 * p.shape[1], -1)))
+        if not pairs:
+            return None
+        return torch.cat([a for a, _ in pairs], -1), torch.cat([p for _, p in pairs])
+
+
+class Directions:
+    """The statistics' own coordinates: exact."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.proxy(engine)  # no cycle: graphs die with the call
         self._a: dict[int, Tensor] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
+        self._direct: dict[str, list[tuple[int, Tensor]]] = {}
+        self._couplings: dict[str, list[int]] = {}  # in the order of the rows of P
         parts: dict[str, list[Tensor]] = {}
         for j in engine.couplings:
             rows, self._between[j] = self._pull(j)
             for name, r in rows.items():
                 parts.setdefault(name, []).append(r)
-        self.products = {name: torch.cat(rows) for name, rows in parts.items()}
+                self._couplings.setdefault(name, []).append(j)
+            self._pull_direct(j)
+        self._products = {name: torch.cat(rows) for name, rows in parts.items()}
+
+    def _pull_direct(self, j: int) -> None:
+        """P of the layer directly below a BatchNorm, all channels at once, without a pass."""
+        engine, site = self._engine, self._engine.direct(j)
+        for name, uses in engine.uses.items() if site is not None else ():
+            for i, role in uses:
+                if i == site:
+                    cotangents = engine.trace.sites[j].mark.coupling.own_cotangents()
+                    self._direct.setdefault(name, []).append((j, engine.summed_product(i, role, cotangents)))
 
     def _pull(self, j: int) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """P and B of coupling ``j``: its statistics, one coordinate after the other, pulled back."""
         engine, site = self._engine, self._engine.trace.sites[j]
         statistics, lower = site.mark.coupling.statistics, engine.couplings_in(site.upstream)
-        sites = sorted({*engine.calls_in(site.upstream), *lower})
-        names = [name for name in engine.uses if j in engine.above(name)]
+        sites = engine.sites_below(j)
+        names = [name for name, uses in engine.uses.items() if any(i in sites and site.upstream >> i & 1 for i, _ in uses)]
         eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
         products: dict[str, list[Tensor]] = {name: [] for name in names}
         between: dict[int, list[Tensor]] = {i: [] for i in lower}
@@ -68,10 +117,12 @@ class Directions:
             for lower, b in self._between[upper].items():
                 a[lower] = a[lower] + a[upper] @ b
 
-    def coefficients(self, name: str) -> Tensor | None:
-        """A of the directions above a parameter, ``[n, c, R]``."""
-        above = self._engine.above(name)
-        return torch.cat([self._a[j] for j in above], -1) if above else None
+    def correction(self, name: str) -> Correction:
+        """The correction of one parameter's rows for the columns last read."""
+        above = self._couplings.get(name)
+        A = torch.cat([self._a[j] for j in above], -1) if above else None
+        direct = tuple((self._a[j].unflatten(-1, (2, -1)), p) for j, p in self._direct.get(name, ()))
+        return Correction(A, self._products.get(name), direct)
 
 
 class TruncatedDirections:
@@ -87,7 +138,6 @@ class TruncatedDirections:
         tol: keep the smallest r with (Σ_{q>r} σ_q²)^(1/2) <= tol (Σ_q σ_q²)^(1/2).
 
     Attributes:
-        products: P by parameter name, ``[r, *p]``.
         error: estimated ‖ΔV‖_F by parameter name, over all sources together.
         kept, total: number of directions kept, and of those with a non-zero singular value.
     """
@@ -101,7 +151,7 @@ class TruncatedDirections:
         self.kept = int((tail > tol**2 * tail[0]).sum())
         self.total = int((squares > 1e-12 * squares[0]).sum())
         self._basis = U[:, : self.kept].to(a.dtype)
-        self.products = self._pull(self._basis.T)
+        self._products = self._pull(self._basis.T)
         signs = torch.randint(
             2, (PROBES, len(squares) - self.kept), generator=torch.Generator().manual_seed(0), device="cpu"
         ).to(U)
@@ -140,9 +190,9 @@ class TruncatedDirections:
         a = read_coefficients(self._engine, delta, count)
         self._a = torch.cat(list(a.values()), -1) @ self._basis
 
-    def coefficients(self, name: str) -> Tensor | None:
-        """Coefficients ``[n, c, r]``."""
-        return self._a if self._engine.above(name) else None
+    def correction(self, name: str) -> Correction:
+        """The correction of one parameter's rows for the columns last read."""
+        return Correction(self._a, self._products[name]) if name in self._products else Correction()
 
 
 def read_coefficients(engine: Engine, delta: dict[int, Tensor | None], count: int) -> dict[int, Tensor]:

@@ -33,9 +33,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.certificate import find_mixing
-from bncurv.costs import Costs, chunks
-from bncurv.directions import Directions, TruncatedDirections
+from bncurv.costs import RIGHT_BYTES, Costs, chunks
+from bncurv.directions import Correction, Directions, TruncatedDirections
+from bncurv.layers import Product
 from bncurv.record import Site, Trace, trace
+from bncurv.statistics import BatchNormCoupling
 
 
 class SlowPathWarning(UserWarning):
@@ -63,8 +65,8 @@ class Mixed:
 class Rows(NamedTuple):
     """A block of V: ``values [n, c, *p]`` of parameter ``name`` for the samples ``n`` and columns ``c``.
 
-    In the coupled way also the coefficients ``A [n, c, R]`` and directions ``P [R, *p]`` that went into it and, where the
-    engine keeps it, the squared norm of the own part.
+    In the coupled way also the correction that went into it and, where the engine keeps it, the squared norm of the own
+    part.
     """
 
     name: str
@@ -72,8 +74,7 @@ class Rows(NamedTuple):
     n: slice
     c: slice
     own: Tensor | None = None
-    A: Tensor | None = None
-    P: Tensor | None = None
+    correction: Correction | None = None
 
 
 class Engine:
@@ -117,6 +118,8 @@ class Engine:
         self._columns = columns
         self.costs = Costs(self, columns)
         self._tol, self.error = tol, {}
+        self._rights: dict[tuple[int, str], Tensor | None] = {}
+        self._room = RIGHT_BYTES
         self._slow = self._without_product()
         self.way = self._choose(method)
 
@@ -148,6 +151,20 @@ class Engine:
 
     def site_edges(self, sites: list[int]) -> list[GradientEdge]:
         return [self.trace.sites[j].edge for j in sites]
+
+    def direct(self, j: int) -> int | None:
+        """The site whose output is coupling ``j``'s input, entry by entry, if its channels lead its parameters' axes."""
+        coupling, below = self.trace.sites[j].mark.coupling, self.trace.sites[j].mark.below
+        for i in self.calls_in(self.trace.sites[j].upstream):
+            call, edge = self.trace.sites[i].mark.call, self.trace.sites[i].edge
+            if isinstance(coupling, BatchNormCoupling) and edge.node is below[0].node and call.layer.channels_lead:
+                return i if edge.output_nr == below[0].output_nr and call.output == coupling.shape else None
+        return None
+
+    def sites_below(self, j: int) -> list[int]:
+        """Sites that a pass from coupling ``j``'s statistics must reach: calls but the direct one, lower couplings."""
+        upstream = self.trace.sites[j].upstream
+        return sorted({*self.calls_in(upstream), *self.couplings_in(upstream)} - {self.direct(j)})
 
     def couplings_in(self, sites: int) -> list[int]:
         return [j for j in self.couplings if sites >> j & 1]
@@ -193,7 +210,9 @@ class Engine:
             return 0
         if self.way == "dense":
             return self.samples * columns
-        directions = sum(self.trace.sites[j].mark.coupling.statistics.numel() for j in self.couplings)
+        directions = sum(
+            self.trace.sites[j].mark.coupling.statistics.numel() for j in self.couplings if self.sites_below(j)
+        )
         return columns + directions + (self.samples * columns if self._slow else 0)
 
     # ---------------------------------------------------------------- backward passes
@@ -230,10 +249,29 @@ class Engine:
                 delta = cotangent.get(j)
                 if delta is None:
                     continue
-                call = self.trace.sites[j].mark.call
-                rows = call.layer.unfold(call.product(role, delta).summed(), self.wanted[name].shape)
+                rows = self.summed_product(j, role, delta)
                 out[name] = out[name] + rows if name in out else rows
         return out
+
+    def summed_product(self, j: int, role: str, delta: Tensor) -> Tensor:
+        """One parameter's product at one site, summed over the batch: ``[q, *p]``."""
+        call = self.trace.sites[j].mark.call
+        product = Product(call.layer.left(role, call.arguments, delta), self._right(j, role))
+        return call.layer.unfold(role, product.summed(), call.arguments[role].shape)
+
+    def _right(self, j: int, role: str, rows: slice = slice(None)) -> Tensor | None:
+        """Right operand of a product, kept for the next chunk as long as all of them stay small."""
+        call, key = self.trace.sites[j].mark.call, (j, role)
+        if self.chunk_size:
+            return call.right(role, rows)
+        if key not in self._rights:
+            right = call.right(role)
+            size = 0 if right is None else right.numel() * right.element_size()
+            if size > self._room:
+                return None if right is None else right[:, rows]
+            self._rights[key], self._room = right, self._room - size
+        right = self._rights[key]
+        return None if right is None else right[:, rows]
 
     def pull_mixed(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""
@@ -302,15 +340,12 @@ class Engine:
             delta = dict(zip(sites, self.closed_vjp(self.output, sites, columns), strict=True))
             self.directions.read(delta, columns.shape[0])
             for name in names:
-                A, P = self.directions.coefficients(name), self.directions.products.get(name)
+                correction = self.directions.correction(name)
                 for n in self._row_chunks(name, columns.shape[0]):
                     rows = self._own(name, delta, n, columns.shape[0])
                     own = torch.linalg.vector_norm(rows).square() if self.keep_own else None
-                    if A is not None:
-                        # V[k] = own[k] + Σ_q A[q, k] P[q]
-                        flat = rows.view(-1, self.wanted[name].numel())
-                        flat.addmm_(A[n].flatten(0, 1), P.reshape(-1, flat.shape[1]))
-                    yield Rows(name, rows, n, c, own, None if A is None else A[n], P)
+                    correction.add_to(rows, n)  # V[k] = own[k] + Σ_q A[q, k] P[q]
+                    yield Rows(name, rows, n, c, own, correction)
 
     def _own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:
         """Rows of V with the statistics held constant, ``[n, c, *p]``, contiguous."""
@@ -320,10 +355,12 @@ class Engine:
                 continue
             call = self.trace.sites[j].mark.call
             t = call.output[0] // self.samples  # rows of the layer's input per sample
-            rows = call.product(role, delta[j], slice(n.start * t, n.stop * t)).per_sample()
+            m = slice(n.start * t, n.stop * t)
+            left = call.layer.left(role, call.arguments, delta[j][:, m])
+            rows = Product(left, self._right(j, role, m)).per_sample()
             if t > 1:
                 rows = rows.unflatten(0, (-1, t)).sum(1)
-            rows = call.layer.unfold(rows, self.wanted[name].shape)
+            rows = call.layer.unfold(role, rows, self.wanted[name].shape)
             total = rows if total is None else total + rows
         return self.zeros(name, n.stop - n.start, count) if total is None else total.contiguous()
 

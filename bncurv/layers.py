@@ -4,10 +4,10 @@ Every layer here is linear in its parameters and acts on one sample at a time, s
 contraction of two operands (glossary of the letters: head of ``engine.py``)
 
     left  [q, n, g, o, s]    from the cotangents of the layer's output, q of them at once
-    right [n, g, i, s]       from the layer's input; ``None`` stands for ones (i = 1)
+    right [g, n, s, i]       from the layer's input; ``None`` stands for ones (i = 1)
 
-    per sample   out[n, q, g, o, i] = Σ_s   left[q, n, g, o, s] right[n, g, i, s]
-    summed       out[q, g, o, i]    = Σ_n,s left[q, n, g, o, s] right[n, g, i, s]
+    per sample   out[n, q, g, o, i] = Σ_s   left[q, n, g, o, s] right[g, n, s, i]
+    summed       out[q, g, o, i]    = Σ_n,s left[q, n, g, o, s] right[g, n, s, i]
 
 with g = group, o/i = output/input feature of the group, s = position inside a sample. ``LAYERS`` is the one
 table: torch function → how to build the operands. A new layer is one more row (`register_layer`).
@@ -24,6 +24,8 @@ import torch.nn.functional as nnf
 from einops import rearrange, reduce
 from torch import Tensor
 
+Arguments = dict[str, Any]
+
 
 class Product(NamedTuple):
     """Operands of a parameter product, shapes as in the module's docstring."""
@@ -37,12 +39,12 @@ class Product(NamedTuple):
         if right is None:
             return rearrange(left.sum(-1), "q n g o -> n q g o 1")
         q, _, g, o, s = left.shape
-        i = right.shape[2]
+        i = right.shape[3]
         if o == i == 1:
-            return rearrange(torch.einsum("qngos,ngis->nqgo", left, right), "n q g o -> n q g o 1")
+            return rearrange(torch.einsum("qngos,gnsi->nqgo", left, right), "n q g o -> n q g o 1")
         if g == s == 1:  # outer products: a write-bound multiplication, not a matrix product
-            return rearrange(left, "q n 1 o 1 -> n q 1 o 1") * rearrange(right, "n 1 i 1 -> n 1 1 1 i")
-        rows = rearrange(left, "q n g o s -> n g (q o) s") @ right.mT
+            return rearrange(left, "q n 1 o 1 -> n q 1 o 1") * rearrange(right, "1 n 1 i -> n 1 1 1 i")
+        rows = rearrange(left, "q n g o s -> n g (q o) s") @ right.transpose(0, 1)
         return rearrange(rows, "n g (q o) i -> n q g o i", q=q)
 
     def summed(self) -> Tensor:
@@ -51,9 +53,9 @@ class Product(NamedTuple):
         if right is None:
             return reduce(left, "q n g o s -> q g o 1", "sum")
         q, _, _, o, _ = left.shape
-        if o == right.shape[2] == 1:
-            return torch.einsum("qngos,ngis->qgo", left, right)[..., None]
-        rows = rearrange(left, "q n g o s -> g (q o) (n s)") @ rearrange(right, "n g i s -> g (n s) i")
+        if o == right.shape[3] == 1:
+            return torch.einsum("qngos,gnsi->qgo", left, right)[..., None]
+        rows = rearrange(left, "q n g o s -> g (q o) (n s)") @ right.flatten(1, 2)
         return rearrange(rows, "g (q o) i -> q g o i", q=q)
 
 
@@ -62,31 +64,31 @@ class Layer(ABC):
 
     Attributes:
         arguments: names of the function's arguments in positional order; the first is the input.
-        parameters: which of them are parameters; the method of that name builds the product's operands.
-        flops: floating point operations of the forward pass per output entry and entry of the weight's
-            row; 0 where the work is elementwise.
+        parameters: which of them are parameters (their *roles*).
+        channels_lead: whether axis 0 of every parameter is axis 1 of the output, entry by entry.
     """
 
     arguments: tuple[str, ...] = ("input", "weight", "bias")
     parameters: tuple[str, ...] = ("weight", "bias")
+    channels_lead: bool = False
 
-    def accepts(self, arguments: dict[str, Any]) -> bool:
+    def accepts(self, arguments: Arguments) -> bool:
         """Whether a call with these arguments is covered; otherwise its parameters go the dense way."""
         return True
 
     @abstractmethod
-    def weight(self, arguments: dict[str, Any], x: Tensor, delta: Tensor) -> Product:
-        """Operands for the weight from the input ``x [n, ...]`` and the cotangents ``delta [q, n, ...]``."""
+    def left(self, role: str, arguments: Arguments, delta: Tensor) -> Tensor:
+        """Left operand ``[q, n, g, o, s]`` from the cotangents ``delta [q, n, ...]`` of the output."""
 
     @abstractmethod
-    def bias(self, arguments: dict[str, Any], x: Tensor, delta: Tensor) -> Product:
-        """Operands for the bias."""
+    def right(self, role: str, arguments: Arguments, x: Tensor) -> Tensor | None:
+        """Right operand ``[g, n, s, i]`` from the input ``x [n, ...]``; ``None`` for ones."""
 
-    def unfold(self, result: Tensor, shape: torch.Size) -> Tensor:
+    def unfold(self, role: str, result: Tensor, shape: torch.Size) -> Tensor:
         """Bring ``result [..., g, o, i]`` into the parameter's ``shape``."""
         return result.reshape(*result.shape[:-3], *shape)
 
-    def flops(self, arguments: dict[str, Any], output: torch.Size) -> float:
+    def flops(self, arguments: Arguments, output: torch.Size) -> float:
         """Multiplications and additions of one forward call (0: elementwise, not worth counting)."""
         return 0.0
 
@@ -94,16 +96,14 @@ class Layer(ABC):
 class Linear(Layer):
     """``y = x Wᵀ + b``: s runs over all axes between the sample and the feature."""
 
-    def _left(self, delta: Tensor) -> Tensor:
+    channels_lead = True
+
+    def left(self, role, arguments, delta):
         q, n, *_, o = delta.shape
         return rearrange(delta.reshape(q, n, -1, o), "q n s o -> q n 1 o s")
 
-    def weight(self, arguments, x, delta):
-        right = rearrange(x.reshape(x.shape[0], -1, x.shape[-1]), "n s i -> n 1 i s")
-        return Product(self._left(delta), right)
-
-    def bias(self, arguments, x, delta):
-        return Product(self._left(delta), None)
+    def right(self, role, arguments, x):
+        return x.reshape(1, x.shape[0], -1, x.shape[-1]) if role == "weight" else None
 
     def flops(self, arguments, output):
         return 2.0 * output.numel() * arguments["weight"].shape[-1]
@@ -140,12 +140,13 @@ def windows(
 class Conv(Layer):
     """Convolution in any number of dimensions: windows of the input against the output's cotangent."""
 
+    channels_lead = True
     arguments = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
     def accepts(self, arguments):
         return arguments["input"].dim() == arguments["weight"].dim()  # not the unbatched form
 
-    def _geometry(self, arguments: dict[str, Any]) -> tuple:
+    def _geometry(self, arguments: Arguments) -> tuple:
         kernel = tuple(arguments["weight"].shape[2:])
         dims = len(kernel)
         stride = _tuple(arguments.get("stride", 1), dims)
@@ -159,17 +160,17 @@ class Conv(Layer):
             pads = [(p, p) for p in _tuple(padding, dims)]
         return kernel, stride, pads, dilation
 
-    def weight(self, arguments, x, delta):
-        groups = arguments.get("groups", 1)
-        seen = windows(x, *self._geometry(arguments)).flatten(2 + delta.dim() - 3).flatten(2, -2)
-        right = rearrange(seen, "n (g c) k s -> n g (c k) s", g=groups)
-        return Product(self._left(arguments, delta), right)
-
-    def bias(self, arguments, x, delta):
-        return Product(self._left(arguments, delta), None)
-
-    def _left(self, arguments: dict[str, Any], delta: Tensor) -> Tensor:
+    def left(self, role, arguments, delta):
         return rearrange(delta.flatten(3), "q n (g o) s -> q n g o s", g=arguments.get("groups", 1))
+
+    def right(self, role, arguments, x):
+        if role == "bias":
+            return None
+        dims = x.dim() - 2
+        seen = windows(x, *self._geometry(arguments)).unflatten(1, (arguments.get("groups", 1), -1))
+        # [n, g, c, *kernel, *position] → [g, n, s, (c kernel)]
+        seen = seen.permute(1, 0, *range(3 + dims, 3 + 2 * dims), 2, *range(3, 3 + dims))
+        return seen.reshape(*seen.shape[:2], seen.shape[2 : 2 + dims].numel(), -1)
 
     def flops(self, arguments, output):
         return 2.0 * output.numel() * arguments["weight"][0].numel()
@@ -178,22 +179,25 @@ class Conv(Layer):
 class ConvTranspose(Conv):
     """Transposed convolution: windows of the output's cotangent against the input."""
 
+    channels_lead = False
     arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
-    def weight(self, arguments, x, delta):
-        groups, (q, n) = arguments.get("groups", 1), delta.shape[:2]
+    def left(self, role, arguments, delta):
+        if role == "bias":
+            return super().left(role, arguments, delta)
+        q, n = delta.shape[:2]
         seen = windows(delta.flatten(0, 1), *self._geometry(arguments))
-        dims = x.dim() - 2
-        for axis, length in enumerate(x.shape[2:]):  # output_padding may leave windows beyond the input
+        dims = delta.dim() - 3
+        for axis, length in enumerate(arguments["input"].shape[2:]):  # output_padding: windows beyond the input
             seen = seen.narrow(2 + dims + axis, 0, length)
         seen = seen.flatten(2 + dims).flatten(2, -2)
-        left = rearrange(seen, "(q n) (g o) k s -> q n g (o k) s", q=q, n=n, g=groups)
-        return Product(left, rearrange(x.flatten(2), "n (g i) s -> n g i s", g=groups))
+        return rearrange(seen, "(q n) (g o) k s -> q n g (o k) s", q=q, n=n, g=arguments.get("groups", 1))
 
-    def unfold(self, result, shape):
-        if result.shape[-1] == 1 and len(shape) == 1:  # the bias
-            return super().unfold(result, shape)
-        return result.mT.reshape(*result.shape[:-3], *shape)
+    def right(self, role, arguments, x):
+        return rearrange(x.flatten(2), "n (g i) s -> g n s i", g=arguments.get("groups", 1)) if role == "weight" else None
+
+    def unfold(self, role, result, shape):
+        return super().unfold(role, result if role == "bias" else result.mT, shape)
 
     def flops(self, arguments, output):
         return 2.0 * arguments["input"].numel() * arguments["weight"][0].numel()
@@ -203,19 +207,20 @@ class Affine(Layer):
     """``y = x̂ ∘ weight + bias`` behind a normalisation; subclasses say what x̂ is."""
 
     @abstractmethod
-    def normalised(self, arguments: dict[str, Any], x: Tensor) -> Tensor:
+    def normalised(self, arguments: Arguments, x: Tensor) -> Tensor:
         """The input x̂ of the affine map."""
 
-    def spread(self, arguments: dict[str, Any], t: Tensor, lead: int) -> Tensor:
-        """Bring ``t [*lead, n, ...]`` to ``[*lead, n, feature, 1, position]``; features on axis 1."""
-        return t.reshape(*t.shape[: lead + 2], 1, -1)
+    def left(self, role, arguments, delta):
+        return self.spread(arguments, delta, 1).unsqueeze(3)
 
-    def weight(self, arguments, x, delta):
-        right = self.spread(arguments, self.normalised(arguments, x), 0)
-        return Product(self.spread(arguments, delta, 1), right)
+    def right(self, role, arguments, x):
+        if role == "bias":
+            return None
+        return rearrange(self.spread(arguments, self.normalised(arguments, x), 0), "n g s -> g n s 1")
 
-    def bias(self, arguments, x, delta):
-        return Product(self.spread(arguments, delta, 1), None)
+    def spread(self, arguments: Arguments, t: Tensor, lead: int) -> Tensor:
+        """Bring ``t [*lead, n, ...]`` to ``[*lead, n, feature, position]``; features are on axis 1 of a sample."""
+        return t.reshape(*t.shape[: lead + 2], -1)
 
 
 class LayerNorm(Affine):
@@ -229,7 +234,7 @@ class LayerNorm(Affine):
     def spread(self, arguments, t, lead):
         features = len(arguments["normalized_shape"])
         flat = t.reshape(*t.shape[: lead + 1], -1, t.shape[-features:].numel())
-        return flat.mT.unsqueeze(-2)
+        return flat.mT
 
 
 class GroupNorm(Affine):
@@ -285,20 +290,18 @@ class Embedding(Layer):
     def accepts(self, arguments):
         return arguments.get("max_norm") is None and not arguments.get("scale_grad_by_freq")
 
-    def weight(self, arguments, x, delta):
-        count, width = arguments["weight"].shape
-        hot = nnf.one_hot(x.reshape(len(x), -1), count).to(delta.dtype)
-        padding = arguments.get("padding_idx")
+    def left(self, role, arguments, delta):
+        return rearrange(delta.reshape(*delta.shape[:2], -1, delta.shape[-1]), "q n s o -> q n 1 o s")
+
+    def right(self, role, arguments, x):
+        weight, padding = arguments["weight"], arguments.get("padding_idx")
+        hot = nnf.one_hot(x.reshape(len(x), -1), len(weight)).to(weight.dtype)
         if padding is not None:
             hot[..., padding] = 0
-        left = rearrange(delta.reshape(*delta.shape[:2], -1, width), "q n s o -> q n 1 o s")
-        return Product(left, rearrange(hot, "n s i -> n 1 i s"))
+        return hot[None]
 
-    def bias(self, arguments, x, delta):
-        raise NotImplementedError("an embedding has no bias")
-
-    def unfold(self, result, shape):
-        return result.mT.reshape(*result.shape[:-3], *shape)
+    def unfold(self, role, result, shape):
+        return super().unfold(role, result.mT, shape)
 
 
 LAYERS: dict[Callable, Layer] = {

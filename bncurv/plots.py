@@ -1,4 +1,7 @@
-"""Pictures of results: `spectrum` of a low-rank GGN, `coupling` of a report. Needs ``pip install bncurv[plots]``."""
+"""Pictures of results: `spectrum` of a low-rank GGN, `coupling` of a coupling report.
+
+They are drawn with matplotlib: ``pip install bncurv[plots]``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe & Ito: told apart 
 
 
 def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
-    """Eigenvalues above the cut-off against their index, on a logarithmic scale; rank and cut-off marked.
+    """Eigenvalues above the cut-off against their index, on a log scale; rank and cut-off marked.
 
     Args:
         low_rank: ``Results.ggn``, or ``LowRankGGN.result`` (of groups: one of its values).
@@ -27,15 +30,17 @@ def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
     Example:
         >>> import torch, bncurv
         >>> from bncurv import plots
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> nn = torch.nn
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
         >>> batch = torch.randn(8, 4), torch.randint(2, (8,))
-        >>> res = bncurv.curvature(model, torch.nn.CrossEntropyLoss(), batch, bncurv.LowRankGGN())
+        >>> res = bncurv.curvature(model, nn.CrossEntropyLoss(), batch, bncurv.LowRankGGN())
         >>> plots.spectrum(res.ggn).get_yscale()
         'log'
     """
     if isinstance(low_rank, Mapping):
         raise TypeError(
-            f"spectrum got the groups {list(low_rank)}; pass one of them, e.g. result[{next(iter(low_rank), '')!r}]."
+            f"spectrum got the groups {list(low_rank)}; pass one of them, e.g. "
+            f"result[{next(iter(low_rank), '')!r}]."
         )
     ax = _axes(ax, (7, 4.5))
     values = [float(v) for v in low_rank.eigenvalues]
@@ -45,11 +50,11 @@ def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
     ax.axhline(cutoff, color=GREY, linestyle="--", label=f"cut-off {cutoff:.1e}: rounding below")
     leading = min(10, rank)
     share = sum(values[:leading]) / float(low_rank.trace) if rank else math.nan
-    count, verb = ("largest eigenvalue", "holds") if leading == 1 else (f"{leading} largest eigenvalues", "hold")
+    subject = f"{leading} largest eigenvalues hold" if leading > 1 else "largest eigenvalue holds"
     ax.set(
         xlabel="index, largest eigenvalue first",
         ylabel="eigenvalue of the GGN",
-        title=f"The {count} {verb} {share:.0%} of the trace" if rank else "All eigenvalues are zero",
+        title=f"The {subject} {share:.0%} of the trace" if rank else "All eigenvalues are zero",
     )
     ax.grid(alpha=0.3)
     ax.legend()
@@ -57,21 +62,23 @@ def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
 
 
 def coupling(report: Mapping[str, Any], ax: Axes | None = None) -> Axes:
-    """Trace of each layer's block of the GGN: exact, and with the batch statistics held constant (own part).
+    """Trace of each layer's block of the GGN: exact, and with the statistics held constant (own).
 
     Args:
-        report: ``Results.coupling`` of `CouplingReport`, ``{module name: LayerCoupling}``; or a mapping from layers
-            to ``{"own": float, "full": float}``.
+        report: ``Results.coupling`` of `CouplingReport`, ``{module name: LayerCoupling}``; or a
+            mapping from layers to ``{"own": float, "full": float}``.
         ax: where to draw; default: a new figure.
 
     Returns:
-        The axes: per layer a bar of the exact trace and below it one of the own part, in the report's order.
+        The axes: per layer a bar of the exact trace and below it one of the own part, in the
+        report's order.
 
     Example:
         >>> from bncurv import plots
-        >>> ax = plots.coupling({"conv": {"own": 8.0, "full": 2.0}, "fc": {"own": 3.0, "full": 3.0}})
+        >>> traces = {"conv": {"own": 8.0, "full": 2.0}, "fc": {"own": 3.0, "full": 3.0}}
+        >>> ax = plots.coupling(traces)
         >>> ax.get_title()
-        "Holding the batch statistics constant makes 'conv' look 4.0 times as curved as it is"
+        "'conv' looks 4.0 times as curved as it is\nwhen the batch statistics are held constant"
     """
     if not report:
         raise ValueError("the coupling report is empty; expected at least one layer.")
@@ -80,8 +87,9 @@ def coupling(report: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     own = [_trace(report[layer], "own") for layer in layers]
     ax = _axes(ax, (7, 1.2 + 0.45 * len(layers)))
     rows, height = range(len(layers)), 0.4
+    frozen = "batch statistics held constant"
     ax.barh([r - height / 2 for r in rows], full, height, color=BLUE, label="exact")
-    ax.barh([r + height / 2 for r in rows], own, height, color=ORANGE, label="batch statistics held constant")
+    ax.barh([r + height / 2 for r in rows], own, height, color=ORANGE, label=frozen)
     positive = [t for t in (*full, *own) if t > 0] or [1.0]
     ax.set(
         xscale="log",
@@ -104,7 +112,9 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("bncurv.plots draws with matplotlib; install it with: pip install bncurv[plots]") from error
+        raise ImportError(
+            "bncurv.plots draws with matplotlib; install it with: pip install bncurv[plots]"
+        ) from error
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 
@@ -114,9 +124,11 @@ def _trace(layer: Any, part: str) -> float:
 
 
 def _sentence(layers: list[str], own: list[float], full: list[float]) -> str:
-    """What the layer says whose own part is farthest from the truth."""
-    ratio = {layer: o / f for layer, o, f in zip(layers, own, full, strict=True) if o > 0 and f > 0}
+    """The layer whose own part is farthest from the truth, in words."""
+    traces = zip(layers, own, full, strict=True)
+    ratio = {layer: o / f for layer, o, f in traces if o > 0 and f > 0}
     worst = max(ratio, key=lambda layer: abs(math.log(ratio[layer])), default=None)
     if worst is None or abs(ratio[worst] - 1) < 0.005:
         return "No layer's curvature runs through the batch statistics"
-    return f"Holding the batch statistics constant makes {worst!r} look {ratio[worst]:.1f} times as curved as it is"
+    times = f"{ratio[worst]:.1f} times as curved as it is"
+    return f"{worst!r} looks {times}\nwhen the batch statistics are held constant"

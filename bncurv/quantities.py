@@ -98,8 +98,8 @@ def zeros(parameters: Mapping[str, Tensor], *lead: int) -> Result:
 
 
 def _squares(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
-    """Sum of squares over axes without a squared copy."""
-    return torch.linalg.vector_norm(values, dim=axes).square_()
+    """Sum of squares over axes."""
+    return values.square().sum(axes)
 
 
 class ComponentGrad(Quantity):

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from bncurv.layers import LAYERS, BatchNormTrain, Layer, Product
+from bncurv.layers import LAYERS, BatchNormTrain, Layer
 from bncurv.statistics import COUPLED, Coupling, Gates, batch_norm, couple
 
 _MARK = "bncurv"
@@ -46,8 +46,8 @@ class Call:
             if p is not None and p.requires_grad:
                 yield role, p
 
-    def product(self, role: str, delta: Tensor, rows: slice = slice(None)) -> Product:
-        """Operands of a parameter product for the input's ``rows``; ``delta [q, rows, ...]`` is sliced alike."""
+    def right(self, role: str, rows: slice = slice(None)) -> Tensor | None:
+        """Right operand of a parameter product for some ``rows`` of the input."""
         x = self.arguments["input"]
         if x._version != self.version:
             raise RuntimeError(
@@ -55,8 +55,7 @@ class Call:
                 "gradient cannot be computed. Replace the in-place operation after this layer by its "
                 "out-of-place form."
             )
-        make = getattr(self.layer, role)
-        return make(self.arguments, x.detach()[rows], delta[:, rows])
+        return self.layer.right(role, self.arguments, x.detach()[rows])
 
 
 class Mark(NamedTuple):

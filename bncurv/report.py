@@ -62,10 +62,11 @@ class CouplingReport(Quantity):
         full = torch.linalg.vector_norm(rows.values).square()
         sums["full"] = sums["full"] + full
         sums["own"] = sums["own"] + (full if rows.own is None else rows.own)
-        if rows.A is not None:
-            A = rows.A.flatten(0, 1).double()
+        pair = rows.correction and rows.correction.dense()
+        if pair:
+            A = pair[0][rows.n].flatten(0, 1).double()
             sums["AA"] = sums["AA"] + A.T @ A
-            sums["P"] = rows.P
+            sums["P"] = pair[1].double()
 
     def finish(self, state: Any) -> dict[str, Any]:
         """Parameters of a module together; they share its couplings."""
@@ -80,7 +81,7 @@ class CouplingReport(Quantity):
         if not coupled:
             return LayerCoupling(own, full, 0, torch.zeros(0, 0), torch.zeros(0, 0))
         size = max(len(p["P"]) for p in coupled)
-        flat = [p["P"].reshape(size, -1).double() for p in coupled if len(p["P"]) == size]
+        flat = [p["P"] for p in coupled if len(p["P"]) == size]
         AA = next(p["AA"] for p in coupled if len(p["P"]) == size)
         return LayerCoupling(own, full, size, AA, sum(P @ P.T for P in flat))
 

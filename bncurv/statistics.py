@@ -79,6 +79,23 @@ class BatchNormCoupling(Coupling):
         self._x, self._mean, self._invstd = x, mean, invstd
         self._scale = invstd if weight is None else invstd * weight
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the layer's input."""
+        return self._x.shape
+
+    def own_cotangents(self) -> Tensor:
+        """d mean / dx and d v / dx of every channel's own entries, ``[2, *x]``: 1/m and 2 (x - mean)/m."""
+        m = self._x.numel() // self._x.shape[1]
+        centred = self._x - _per_channel(self._x, self._mean)
+        return torch.stack([torch.full_like(centred, 1 / m), 2 / m * centred])
+
+    @functools.cached_property
+    def _moments(self) -> Tensor:
+        """Ones and x̂ per channel, ``[c, (n s), 2]``."""
+        hat = rearrange(self.normalised.flatten(2) if self._x.dim() > 2 else self.normalised[..., None], "n c s -> c (n s)")
+        return torch.stack([torch.ones_like(hat), hat], -1)
+
     @functools.cached_property
     def normalised(self) -> Tensor:
         """x̂, kept while the graph lives."""
@@ -96,8 +113,7 @@ class BatchNormCoupling(Coupling):
         """The same; the two sums over samples and positions are one batched matrix product."""
         q, n, channels = delta.shape[:3]
         rows = rearrange(delta.reshape(q, n, channels, -1), "q n c s -> c q (n s)")
-        hat = rearrange(self.normalised.reshape(n, channels, -1), "n c s -> c (n s)")
-        first, second = torch.matmul(rows, torch.stack([torch.ones_like(hat), hat], -1)).unbind(-1)
+        first, second = torch.matmul(rows, self._moments).unbind(-1)
         return self._coefficients(first.T, second.T)
 
     def _coefficients(self, first: Tensor, second: Tensor) -> Tensor:
