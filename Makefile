@@ -12,7 +12,7 @@ ARGS ?=
 PY := .venv/bin/python
 
 # Threads that wait do not spin: on cores shared with other programs, spinning makes PyTorch's small
-# parallel loops up to 20 times slower.
+# parallel loops more than ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
@@ -48,9 +48,19 @@ bench: venv ## the benchmark, e.g. make bench ARGS="--help"
 	$(PY) experiments/benchmark/run.py $(ARGS)
 
 notebooks: venv ## execute notebooks/*.ipynb in place
-	@set -e; for notebook in notebooks/*.ipynb; do \
-		echo "$$notebook"; .venv/bin/jupyter-execute --inplace --NotebookClient.coalesce_streams=True "$$notebook"; \
-	done
+	@$(PY) -c "$$EXECUTE" notebooks/*.ipynb
+
+define EXECUTE
+import sys
+import nbformat
+from nbclient import NotebookClient
+for path in sys.argv[1:]:
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": "notebooks"}}
+    NotebookClient(notebook, resources=where, coalesce_streams=True, record_timing=False).execute()
+    nbformat.write(notebook, path)
+endef
+export EXECUTE
 
 clean: ## remove the environment, caches and what the experiments wrote
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output

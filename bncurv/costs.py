@@ -1,4 +1,8 @@
-"""What a way costs, before it is taken: FLOPs and bytes from the recorded calls; chunk sizes."""
+"""What a way costs, before it is taken: FLOPs and bytes from the recorded calls; chunk sizes.
+
+The unit is one floating point operation of a matrix product. Other work is converted at rates measured on two CPU
+cores (float32): elementwise work per entry, the fixed cost of one call into the autograd engine per graph node.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ if TYPE_CHECKING:
     from bncurv.engine import Engine
 
 CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
+DENSE_BYTES = 8 * 2**20  # the same in the dense way, where more is slower
 RIGHT_BYTES = 512 * 2**20  # unfolded inputs of all layers kept for reuse
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
-ELEMENTWISE = 60.0  # FLOPs that one output entry's elementwise work (normalisation, activation) is worth
+ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
+ROW_ENTRY = 60.0  # one entry of V: written, corrected, squared
+CALL = 2e6  # one layer in one call of the engine
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
@@ -22,51 +29,61 @@ def chunks(total: int, size: int) -> Iterator[slice]:
 
 
 class Costs:
-    """Cost model of one recorded forward pass, in FLOPs (elementwise work converted)."""
+    """Cost model of one recorded forward pass."""
 
     def __init__(self, engine: Engine, columns: int) -> None:
         self._engine, self._columns = weakref.proxy(engine), columns  # no cycle: graphs die with the call
-        self._calls = [(j, s.mark.call) for j, s in enumerate(engine.trace.sites) if s.mark.call]
-        self._backward = {}  # site → FLOPs of one cotangent through it: input gradient + parameter product
-        for j, call in self._calls:
-            forward = call.layer.flops(call.arguments, call.output)
-            needs_input = bool(call.below)
-            self._backward[j] = forward * (1 + needs_input) + ELEMENTWISE * call.output.numel()
+        self._calls = {j: s.mark.call for j, s in enumerate(engine.trace.sites) if s.mark.call}
+        self._forward = {j: call.layer.flops(call.arguments, call.output) for j, call in self._calls.items()}
         self._itemsize = engine.output.element_size()
-        self._per_column = self._itemsize * sum(call.output.numel() for _, call in self._calls)
 
-    def _through(self, sites: int) -> float:
-        return sum(cost for j, cost in self._backward.items() if sites >> j & 1)
+    def _pass(self, sites: int, products: list[int]) -> float:
+        """One cotangent of the batch through a bit set of sites, with the parameter products of some of them."""
+        cost = 0.0
+        for j, call in self._calls.items():
+            if sites >> j & 1:
+                cost += self._forward[j] * (bool(call.below) + (j in products)) + ELEMENTWISE * call.output.numel()
+        return cost
+
+    def _bytes(self, sites: int) -> int:
+        return self._itemsize * sum(call.output.numel() for j, call in self._calls.items() if sites >> j & 1)
 
     def dense(self) -> float:
         """All N·C columns through everything."""
-        return self._engine.samples * self._columns * self._through(-1)
+        count = self._engine.samples * self._columns
+        rows = count * sum(p.numel() for p in self._engine.wanted.values())
+        calls = -(-count // self.dense_chunk()) * len(self._calls)
+        return count * self._pass(-1, self._engine.calls_in(-1)) + ROW_ENTRY * rows + CALL * calls
 
     def coupled(self, slow: list[str]) -> float:
-        """C columns through everything, R directions through what is below, and the products A P."""
-        engine = self._engine
-        cost = self._columns * self._through(-1)
+        """C columns through everything, R directions through what is below, the rows of V and their correction."""
+        engine, components = self._engine, self._engine.samples * self._columns
+        cost = (self._columns + 2) * self._pass(-1, engine.calls_in(-1)) + 6 * CALL * len(self._calls)
         for j in engine.couplings:
-            site = engine.trace.sites[j]
-            cost += site.mark.coupling.statistics.numel() * self._through(site.upstream)
+            sites, count = engine.sites_below(j), engine.trace.sites[j].mark.coupling.statistics.numel()
+            if sites:
+                calls = -(-count // self.direction_chunk(j)) * len(sites)
+                cost += count * self._pass(engine.trace.sites[j].upstream, sites) + CALL * calls
         for name, p in engine.wanted.items():
-            directions = sum(engine.trace.sites[j].mark.coupling.statistics.numel() for j in engine.above(name))
-            cost += engine.samples * self._columns * p.numel() * (2.0 * directions + ELEMENTWISE / 4)
+            directions = sum(
+                engine.trace.sites[j].mark.coupling.statistics.numel()
+                for j in engine.above(name)
+                if engine.direct(j) not in [i for i, _ in engine.uses[name]]
+            )
+            cost += components * p.numel() * (2.0 * directions + ROW_ENTRY)
         return cost + (self.dense() if slow else 0.0)
 
     def column_chunk(self) -> int:
         """Columns of the loss pulled back at once in the coupled way."""
-        return max(1, int(CHUNK_BYTES * 8 // max(1, self._per_column)))
+        return max(1, int(CHUNK_BYTES * 8 // max(1, self._bytes(-1))))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return max(1, int(CHUNK_BYTES // max(1, self._per_column)))
+        return min(16, max(1, int(DENSE_BYTES // max(1, self._bytes(-1)))))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        below = self._engine.trace.sites[j].upstream
-        size = self._itemsize * sum(call.output.numel() for i, call in self._calls if below >> i & 1)
-        return max(1, int(CHUNK_BYTES // max(1, size)))
+        return max(1, int(CHUNK_BYTES // max(1, self._bytes(self._engine.trace.sites[j].upstream))))
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""

@@ -178,8 +178,7 @@ class TruncatedDirections:
         for q in chunks(len(directions), engine.chunk_size or engine.costs.dense_chunk()):
             split = directions[q].split([s.numel() for s in statistics], -1)
             cotangents = [part.reshape(-1, *s.shape) for part, s in zip(split, statistics, strict=True)]
-            with engine.gates("open"):
-                deltas = engine.vjp(statistics, engine.site_edges(sites), cotangents)
+            deltas = engine.vjp(statistics, engine.site_edges(sites), cotangents)
             rows = engine.summed(sites, deltas)
             for name in names:
                 parts[name].append(rows[name] if name in rows else engine.zeros(name, len(directions[q])))

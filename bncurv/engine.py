@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -198,11 +199,8 @@ class Engine:
                     f"the input of '{site.mark.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
-        with self.gates("closed"):
+        with closed_gates(self.trace.sites):
             return find_mixing(self.output, self.trace, self.calls_in(-1), self.samples)
-
-    def gates(self, state: str):
-        return _set_gates(self.trace.sites, state)
 
     def planned(self, columns: int) -> int:
         """Backward passes that ``columns`` columns per sample will take."""
@@ -237,7 +235,7 @@ class Engine:
 
     def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> list[Tensor | None]:
         """Cotangents at ``sites`` with the statistics held constant."""
-        with self.gates("closed"):
+        with closed_gates(self.trace.sites):
             return self.vjp(output, self.site_edges(sites), cotangents)
 
     def summed(self, sites: list[int], deltas: list[Tensor | None]) -> dict[str, Tensor]:
@@ -276,15 +274,10 @@ class Engine:
     def pull_mixed(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""
         names = list(self.wanted) if names is None else names
-        loose = [name for name in names if name not in self.uses]
-        sites = sorted({j for name in names for j, _ in self.uses.get(name, ())})
-        q = len(cotangents)
-        with torch.no_grad(), self.gates("open"):
-            edges = self.site_edges(sites) + [self.wanted[name] for name in loose]
-            got = self.vjp(self.output, edges, cotangents)
-            summed = self.summed(sites, got[: len(sites)])
-        summed |= {name: g for name, g in zip(loose, got[len(sites) :], strict=True) if g is not None}
-        return {name: summed.get(name, self.zeros(name, q)) for name in names}
+        got = self.vjp(self.output, [self.wanted[name] for name in names], cotangents)
+        return {
+            name: self.zeros(name, len(cotangents)) if g is None else g for name, g in zip(names, got, strict=True)
+        }
 
     def zeros(self, name: str, *lead: int) -> Tensor:
         p = self.wanted[name]
@@ -375,18 +368,14 @@ class Engine:
         return chunks(self.samples, self.costs.row_chunk(name, count))
 
 
-class _set_gates:
-    """Hold the gates of all couplings of a graph in one state; also where several forward passes meet."""
-
-    def __init__(self, sites: list[Site], state: str) -> None:
-        self._gates = {s.mark.coupling.gates for s in sites if s.mark.coupling}
-        self._state = state
-
-    def __enter__(self) -> None:
-        self._before = {g: g.state for g in self._gates}
-        for g in self._gates:
-            g.state = self._state
-
-    def __exit__(self, *exc: object) -> None:
-        for g, state in self._before.items():
-            g.state = state
+@contextmanager
+def closed_gates(sites: list[Site]) -> Iterator[None]:
+    """Hold the statistics of a graph constant; also where several forward passes meet."""
+    gates = {s.mark.coupling.gates for s in sites if s.mark.coupling}
+    for g in gates:
+        g.closed = True
+    try:
+        yield
+    finally:
+        for g in gates:
+            g.closed = False

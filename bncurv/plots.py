@@ -77,15 +77,16 @@ def coupling(report: Mapping[str, Any], ax: Axes | None = None) -> Axes:
         >>> from bncurv import plots
         >>> traces = {"conv": {"own": 8.0, "full": 2.0}, "fc": {"own": 3.0, "full": 3.0}}
         >>> ax = plots.coupling(traces)
-        >>> ax.get_title()
-        "'conv' looks 4.0 times as curved as it is\nwhen the batch statistics are held constant"
+        >>> print(ax.get_title())
+        'conv' looks 4.0 times as curved as it is
+        when the batch statistics are held constant
     """
     if not report:
         raise ValueError("the coupling report is empty; expected at least one layer.")
     layers = list(report)
     full = [_trace(report[layer], "full") for layer in layers]
     own = [_trace(report[layer], "own") for layer in layers]
-    ax = _axes(ax, (7, 1.2 + 0.45 * len(layers)))
+    ax = _axes(ax, (7, 1.8 + 0.45 * len(layers)))
     rows, height = range(len(layers)), 0.4
     frozen = "batch statistics held constant"
     ax.barh([r - height / 2 for r in rows], full, height, color=BLUE, label="exact")
@@ -98,10 +99,10 @@ def coupling(report: Mapping[str, Any], ax: Axes | None = None) -> Axes:
         title=_sentence(layers, own, full),
     )
     ax.set_yticks(rows, layers)
-    ax.invert_yaxis()
+    ax.set_ylim(len(layers) + 1, -0.6)  # the first layer on top, room for the legend below the last
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
-    ax.legend()
+    ax.legend(loc="lower right")
     return ax
 
 

@@ -27,15 +27,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Gates:
-    """State of all gates of one forward pass: ``None`` outside bncurv, else ``"open"`` or ``"closed"``."""
+    """All gates of one forward pass, open unless bncurv closes them."""
 
     def __init__(self) -> None:
-        self.state: str | None = None
-
-    @property
-    def closed(self) -> bool:
-        """Whether the statistics are held constant."""
-        return self.state == "closed"
+        self.closed = False
 
 
 class Coupling(ABC):
@@ -124,10 +119,6 @@ def _per_channel(x: Tensor, t: Tensor) -> Tensor:
     return t.view(1, -1, *(1,) * (x.dim() - 2))
 
 
-def _others(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]
-
-
 class _Moments(torch.autograd.Function):
     """``x → (mean, biased variance) [2, channel]``; the values come from the fused forward."""
 
@@ -162,32 +153,17 @@ class _BatchNorm(torch.autograd.Function):
         return y, mean, invstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * 7
-        if ctx.gates.state is None:
-            return _BatchNorm._plain(ctx, g)
-        x, weight, mean, invstd, _ = ctx.saved_tensors
-        scale = invstd if weight is None else invstd * weight
-        gx = _per_channel(x, scale) * g
-        if ctx.gates.closed:
-            return gx, *(None,) * 6
-        # dx = gx - mean(gx) - x̂ mean(gx x̂), means over all axes but the channel (Ioffe & Szegedy 2015, sec. 3)
-        x_hat = (x - _per_channel(x, mean)) * _per_channel(x, invstd)
-        first = gx.mean(_others(x), keepdim=True)
-        second = (gx * x_hat).mean(_others(x), keepdim=True)
-        return gx - first - x_hat * second, *(None,) * 6
-
-    @staticmethod
-    def _plain(ctx, g):
         x, weight, mean, invstd, reserve = ctx.saved_tensors
+        if ctx.gates.closed:
+            return _per_channel(x, invstd if weight is None else invstd * weight) * g, *(None,) * 6
         mask = list(ctx.needs_input_grad[:3])
         dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
             ctx.kind, x, g, weight, *ctx.running, mean, invstd, True, ctx.eps, mask, reserve
         )
-        dw, db = (dw if mask[1] else None), (db if mask[2] else None)
-        return (dx if mask[0] else None), dw, db, None, None, None, None
+        return *(t if needed else None for t, needed in zip((dx, dw, db), mask, strict=True)), None, None, None, None
 
 
 def batch_norm(

@@ -48,9 +48,7 @@ def of_module(prefix: str, m: nn.Module) -> dict[str, Any]:
         f"{prefix} forward": vars(m).get("forward"),
         f"{prefix} mode": m.training,
         f"{prefix} hooks": hooks,
-        f"{prefix} entries": {
-            n: id(t) for t_ in (m._parameters, m._buffers) for n, t in t_.items()
-        },
+        f"{prefix} entries": {n: id(t) for n, t in (m._parameters | m._buffers).items()},
         **{f"{prefix} buffer {n}": value(b) for n, b in m._buffers.items()},
     }
 
@@ -84,7 +82,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def unchanged(*modules: nn.Module, but: tuple[str, ...] = ()) -> Iterator[None]:
-    """Assert that the block leaves no trace; entries with one of the words ``but`` are not looked at."""
+    """Assert that the block leaves no trace, except in entries with one of the words ``but``."""
     before = snapshot(*modules)
     yield
     left = differences(before, snapshot(*modules))

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ MODULES = ["bncurv", *(f"bncurv.{m.name}" for m in pkgutil.iter_modules(bncurv._
 def test_examples(name):
     torch.manual_seed(0)
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    plt.close("all")
     assert result.failed == 0  # doctest prints what it expected and got
 
 

@@ -80,8 +80,6 @@ def data(X: Tensor, y: Any) -> Callable[[], tuple[Tensor, Any]]:
     return lambda: (X, y)
 
 
-NO_SHAPE = (ValueError, IndexError)
-
 # wrong in both gestures
 BATCHES = [
     Bad(
@@ -151,7 +149,6 @@ BATCHES = [
         loss=nn.L1Loss,
     ),
     Bad("mixing_loss", ValueError, ("MixingLoss", "forward", "register_loss"), loss=MixingLoss),
-    Bad("no_quantity", ValueError, ("no quantity", "DiagGGNExact()"), quantities=()),
     Bad(
         "same_quantity_twice",
         ValueError,
@@ -162,6 +159,7 @@ BATCHES = [
 
 # wrong in `curvature` only, or noticed by PyTorch itself in the other gesture
 CALLS = [
+    Bad("no_quantity", ValueError, ("no quantity", "DiagGGNExact()"), quantities=()),
     Bad(
         "y_too_short", ValueError, ("X", "(6, 4)", "y", "(5,)", "equal"), data(inputs(), labels(5))
     ),
@@ -178,7 +176,12 @@ CALLS = [
         ("class probabilities", "(6,)", "expected (6, 3)"),
         data(inputs(), labels().float()),
     ),
-    Bad("y_out_of_range", NO_SHAPE, ("Target 7 is out of bounds",), data(inputs(), labels() + 5)),
+    Bad(
+        "y_out_of_range",
+        (ValueError, IndexError),
+        ("Target 7 is out of bounds",),
+        data(inputs(), labels(N) * 0 + 7),
+    ),
     Bad(
         "y_broadcasts",
         ValueError,

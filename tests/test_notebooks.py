@@ -32,3 +32,5 @@ def test_committed_outputs_are_complete(path: Path) -> None:
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
     assert pictures, "a notebook is committed with its pictures"
     assert not any(o.output_type == "error" for c in cells for o in c.outputs)
+    printed = "".join(o.get("text", "") for c in cells for o in c.outputs)
+    assert "site-packages" not in printed, "warnings and paths of a machine do not belong in here"
