@@ -9,7 +9,9 @@ from bncurv.engine import SlowPathWarning
 from bncurv.extension import extend, unextend
 from bncurv.layers import register_layer
 from bncurv.losses import register_loss
-from bncurv.lowrank import LowRank, LowRankGGN
+from bncurv.lowrank import LowRank
+from bncurv.lowrank_quantity import LowRankGGN
+from bncurv.operator import MatrixFreeGGN
 from bncurv.quantities import (
     ComponentDiagGGNExact,
     ComponentGrad,
@@ -36,6 +38,7 @@ __all__ = [
     "DiagGGNMC",
     "LowRank",
     "LowRankGGN",
+    "MatrixFreeGGN",
     "Results",
     "SlowPathWarning",
     "SqrtGGNExact",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bncurv.engine import Engine, Mixed
 from bncurv.foreign import backpack_set_aside
@@ -81,7 +81,7 @@ def compute(
         For each quantity's field what its `finish` gave, and the engine that made them.
     """
     quantities = list(quantities)
-    asked = {q.field: q.sources(at_batch, output) for q in quantities}
+    asked = {q.field: q.sources(at_batch, output, wanted) for q in quantities}
     sources = {key: source for wants in asked.values() for key, source in wants.items()}
     columns = {key: s.columns_per_sample for key, s in sources.items() if not isinstance(s, Mixed)}
     total = sum(columns.values())
@@ -164,11 +164,11 @@ def curvature(
             batches.append(fields)
             passes, way, error = passes + engine.passes, engine.way, engine.error
             del output, at_batch, engine
-    if not batches:
-        raise ValueError("data is empty: expected a batch (X, y) or an iterable with at least one such pair.")
-    merged: dict[str, Any] = {}
-    for q in quantities:
-        merged |= q.merge([b[q.field] for b in batches])
+        if not batches:
+            raise ValueError("data is empty: expected a batch (X, y) or an iterable with at least one such pair.")
+        merged: dict[str, Any] = {}
+        for q in quantities:
+            merged |= q.merge([b[q.field] for b in batches])
     return Results(merged, way, passes, len(batches), error)
 
 
@@ -211,7 +211,9 @@ def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[st
     for name in names:
         if name not in named:
             close = difflib.get_close_matches(str(name), named, n=3) or list(named)[:3]
-            raise ValueError(f"params names '{name}', which {type(model).__name__} does not have; did you mean {close}?")
+            raise ValueError(
+                f"params names '{name}', which {type(model).__name__} does not have; did you mean {close}?"
+            )
         if not named[name].requires_grad:
             raise ValueError(f"params names '{name}', which has requires_grad=False; set it to True, or leave it out.")
     if not names:
@@ -236,7 +238,9 @@ def _forward(model: nn.Module, X: Any, y: Tensor, wanted: dict[str, Tensor]) -> 
     device = next(iter(wanted.values())).device
     if isinstance(X, Tensor):
         if X.shape[:1] != y.shape[:1]:
-            raise ValueError(f"X has shape {tuple(X.shape)} and y has shape {tuple(y.shape)}; expected equal first axes.")
+            raise ValueError(
+                f"X has shape {tuple(X.shape)} and y has shape {tuple(y.shape)}; expected equal first axes."
+            )
         if X.numel() == 0:
             raise ValueError(f"the batch is empty: X has shape {tuple(X.shape)}; expected at least one sample.")
         if X.is_floating_point() and not bool(X.isfinite().all()):
@@ -275,7 +279,9 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> None:
             "and autocast lose the digits that curvature needs). Call model.float() or model.double(), and X likewise."
         )
     if not bool(output.isfinite().all()):
-        raise ValueError("the model's output contains NaN or inf, so it has no curvature; check the inputs and parameters.")
+        raise ValueError(
+            "the model's output contains NaN or inf, so it has no curvature; check the inputs and parameters."
+        )
     if not output.requires_grad:
         raise ValueError("the model's output depends on no parameter that requires grad (forward under no_grad?).")
 

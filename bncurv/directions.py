@@ -94,7 +94,9 @@ class Directions:
         engine, site = self._engine, self._engine.trace.sites[j]
         statistics, lower = site.mark.coupling.statistics, engine.couplings_in(site.upstream)
         sites = engine.sites_below(j)
-        names = [name for name, uses in engine.uses.items() if any(i in sites and site.upstream >> i & 1 for i, _ in uses)]
+        names = [
+            name for name, uses in engine.uses.items() if any(i in sites and site.upstream >> i & 1 for i, _ in uses)
+        ]
         eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
         products: dict[str, list[Tensor]] = {name: [] for name in names}
         between: dict[int, list[Tensor]] = {i: [] for i in lower}
@@ -163,7 +165,9 @@ class TruncatedDirections:
         engine, parts = self._engine, []
         for c in chunks(source.columns_per_sample, engine.chunk_size or engine.costs.column_chunk()):
             columns = source.columns(c)
-            delta = dict(zip(engine.couplings, engine.closed_vjp(engine.output, engine.couplings, columns), strict=True))
+            delta = dict(
+                zip(engine.couplings, engine.closed_vjp(engine.output, engine.couplings, columns), strict=True)
+            )
             a = read_coefficients(engine, delta, columns.shape[0])
             parts.append(torch.cat(list(a.values()), -1).flatten(0, 1))
         return torch.cat(parts)

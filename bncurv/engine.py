@@ -275,9 +275,7 @@ class Engine:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""
         names = list(self.wanted) if names is None else names
         got = self.vjp(self.output, [self.wanted[name] for name in names], cotangents)
-        return {
-            name: self.zeros(name, len(cotangents)) if g is None else g for name, g in zip(names, got, strict=True)
-        }
+        return {name: self.zeros(name, len(cotangents)) if g is None else g for name, g in zip(names, got, strict=True)}
 
     def zeros(self, name: str, *lead: int) -> Tensor:
         p = self.wanted[name]

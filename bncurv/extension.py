@@ -15,7 +15,7 @@ import backpack as backpack_package
 import torch
 from backpack.context import CTX
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bncurv.api import check_output, check_quantities, compute
 from bncurv.foreign import backpack_set_aside

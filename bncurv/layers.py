@@ -194,7 +194,9 @@ class ConvTranspose(Conv):
         return rearrange(seen, "(q n) (g o) k s -> q n g (o k) s", q=q, n=n, g=arguments.get("groups", 1))
 
     def right(self, role, arguments, x):
-        return rearrange(x.flatten(2), "n (g i) s -> g n s i", g=arguments.get("groups", 1)) if role == "weight" else None
+        return (
+            rearrange(x.flatten(2), "n (g i) s -> g n s i", g=arguments.get("groups", 1)) if role == "weight" else None
+        )
 
     def unfold(self, role, result, shape):
         return super().unfold(role, result if role == "bias" else result.mT, shape)
@@ -307,9 +309,7 @@ class Embedding(Layer):
 LAYERS: dict[Callable, Layer] = {
     nnf.linear: Linear(),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), Conv()),
-    **dict.fromkeys(
-        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ConvTranspose()
-    ),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ConvTranspose()),
     nnf.layer_norm: LayerNorm(),
     nnf.group_norm: GroupNorm(),
     nnf.instance_norm: InstanceNorm(),

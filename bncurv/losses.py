@@ -40,6 +40,12 @@ class Factor:
         """Number of columns c that each sample has."""
         return self.blocks.shape[3] * (1 if self.joint else self.blocks.shape[1])
 
+    def hessian_product(self, u: Tensor) -> Tensor:
+        """S Sᵀ u for ``u [n, *output]``."""
+        n, t, e, _ = self.blocks.shape
+        by_position = u.reshape(n, e, t).mT[..., None]
+        return (self.blocks @ (self.blocks.mT @ by_position))[..., 0].mT.reshape(u.shape)
+
     def columns(self, c: slice) -> Tensor:
         """Columns ``c`` of all samples, each in its own sample's row: ``[c, n, *output]``."""
         if self.joint:
@@ -107,7 +113,7 @@ class CrossEntropy(Loss):
             )
 
     def _coefficients(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
-        """q of each position, ``[n, *t, e]``, reduction included."""
+        """Q of each position, ``[n, *t, e]``, reduction included."""
         classes, eps = output.shape[1], loss.label_smoothing
         weight = output.new_ones(classes) if loss.weight is None else loss.weight
         if target.is_floating_point():
@@ -144,7 +150,6 @@ class CrossEntropy(Loss):
         square = torch.zeros_like(below)
         square[..., :-1, :] = torch.diag_embed(diagonal)
         return (square + below) * scale[..., None, None].sqrt()
-
 
     def sample(self, loss, output, target, draws, generator):
         # ŷ ~ p at each position:  E[(p - e_ŷ)(p - e_ŷ)ᵀ] = diag p - p pᵀ
@@ -308,7 +313,9 @@ def evaluate(loss_fn: nn.Module, output: Tensor, target: Tensor, scale: float = 
             "positive semi-definite GGN. Multiply by a positive number, or use ComponentGrad alone on the loss itself."
         )
     precise = copy.copy(loss_fn)
-    precise._buffers = {k: b.double() if b is not None and b.is_floating_point() else b for k, b in loss_fn._buffers.items()}
+    precise._buffers = {
+        k: b.double() if b is not None and b.is_floating_point() else b for k, b in loss_fn._buffers.items()
+    }
     wide = target.double() if target.is_floating_point() else target
     with torch.enable_grad():
         leaf = output.detach().double().requires_grad_()

@@ -6,7 +6,7 @@ the smaller of the two is decomposed. With cross-entropy its rank is at most N (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,6 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
-
-from bncurv.engine import Rows
-from bncurv.quantities import Quantity
 
 Vector = Tensor | Mapping[str, Tensor]
 Damping = float | Tensor | Callable[[Tensor], Tensor]
@@ -130,8 +127,8 @@ class LowRank:
         """All eigenvalues above `cutoff`, descending, ``[rank]``."""
         return self._values[: self.rank]
 
-    def _unit_vectors(self, k: int | None) -> Tensor:
-        """Leading eigenvectors as columns ``[D, k]``."""
+    def unit_vectors(self, k: int | None = None) -> Tensor:
+        """Leading eigenvectors as columns ``[D, k]``, flat; see `eigenvectors`."""
         rank = self.rank
         k = rank if k is None else k
         if not 0 < k <= rank:
@@ -152,17 +149,20 @@ class LowRank:
         Raises:
             ValueError: for more than `rank`: those would be noise.
         """
-        return self.unflatten(self._unit_vectors(k).T)
+        return self.unflatten(self.unit_vectors(k).T)
 
     def residuals(self, k: int | None = None) -> Tensor:
         """‖G e - λ e‖ of the leading eigenpairs, ``[k]``."""
-        e = self._unit_vectors(k)
+        e = self.unit_vectors(k)
         return torch.linalg.vector_norm(self._down(self._up(e)) - e * self._values[: e.shape[1]], dim=0)
 
     # ---------------------------------------------------------------- matrix functions
+    def _product(self, v: Tensor) -> Tensor:
+        return self._down(self._up(v))
+
     def __matmul__(self, v: Vector) -> Any:
         """G v, for a vector or ``[D, m]``."""
-        return self._apply(lambda x: self._down(self._up(x)), v)
+        return self._apply(self._product, v)
 
     def to_scipy(self) -> LinearOperator:
         """The same as a ``scipy.sparse.linalg.LinearOperator`` on flat vectors."""
@@ -172,6 +172,42 @@ class LowRank:
             return (self @ torch.from_numpy(x.astype(kind)).to(self.device)).cpu().numpy()
 
         return LinearOperator((self.dim, self.dim), matvec=product, matmat=product, rmatvec=product, dtype=kind)
+
+    def density(
+        self, steps: int = 60, probes: int = 10, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Spectral density of G by stochastic Lanczos quadrature (Golub & Meurant; Ghorbani et al. 2019).
+
+        Args:
+            steps: Lanczos steps per probe, with full reorthogonalisation.
+            probes: random vectors averaged over.
+            generator: source of randomness, on the CPU.
+
+        Returns:
+            Nodes and weights ``[probes * steps]``: the density is Σ_i weight_i δ(λ - node_i), the weights sum to one, and
+            D Σ_i weight_i f(node_i) estimates tr f(G) without bias in the limit of many steps.
+        """
+        nodes, weights = zip(*(self._quadrature(steps, generator) for _ in range(probes)), strict=True)
+        return torch.cat(nodes), torch.cat(weights) / probes
+
+    def _quadrature(self, steps: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        v = torch.randn(self.dim, generator=generator).to(self.device, self.dtype)
+        basis, alphas, betas = [v / v.norm()], [], []
+        for _ in range(min(steps, self.dim)):
+            w = self._product(basis[-1])
+            alphas.append(w @ basis[-1])
+            Q = torch.stack(basis)
+            w = w - Q.T @ (Q @ w)
+            w = w - Q.T @ (Q @ w)
+            beta = w.norm()
+            if beta <= 1e3 * torch.finfo(self.dtype).eps * alphas[0].abs():
+                break
+            betas.append(beta)
+            basis.append(w / beta)
+        T = torch.diag(torch.stack(alphas))
+        off = torch.stack(betas[: len(alphas) - 1]) if len(alphas) > 1 else alphas[0].new_zeros(0)
+        values, vectors = torch.linalg.eigh(T + torch.diag(off, 1) + torch.diag(off, -1))
+        return values, vectors[0] ** 2
 
     @property
     def trace(self) -> Tensor:
@@ -184,15 +220,15 @@ class LowRank:
         return torch.linalg.matrix_norm(self._small)
 
     def logdet(self, damping: float) -> Tensor:
-        """log det (G + δ I) over all D dimensions."""
-        _positive(damping)
+        """Log det (G + δ I) over all D dimensions."""
+        positive(damping)
         small = self._small
         cholesky = torch.linalg.cholesky(small + damping * torch.eye(len(small), dtype=self.dtype, device=self.device))
         return 2 * cholesky.diagonal().log().sum() + (self.dim - len(small)) * float(np.log(damping))
 
     def solve(self, v: Vector, damping: float) -> Any:
         """(G + δ I)⁻¹ v = (v - Vᵀ (δ I + V Vᵀ)⁻¹ V v) / δ (push-through identity)."""
-        _positive(damping)
+        positive(damping)
         small = self._small
         shifted = small + damping * torch.eye(len(small), dtype=self.dtype, device=self.device)
 
@@ -211,9 +247,9 @@ class LowRank:
             count: number of draws.
             generator: source of randomness on the result's device.
         """
-        _positive(damping)
+        positive(damping)
         z = torch.randn(self.dim, count, generator=generator, dtype=self.dtype, device=self.device)
-        e = self._unit_vectors(None)
+        e = self.unit_vectors(None)
         # (G + δ)^(-1/2) = δ^(-1/2) I + e ((λ + δ)^(-1/2) - δ^(-1/2)) eᵀ
         shrink = (self.eigenvalues + damping).rsqrt() - damping**-0.5
         return self.unflatten((damping**-0.5 * z + e @ (shrink[:, None] * (e.T @ z))).T)
@@ -229,12 +265,12 @@ class LowRank:
 
         They sum over n to the slope of the loss along e_d (ViViT's γ, whose samples average instead).
         """
-        parts = self._unit_vectors(k).split([shape.numel() for shape in self.shapes.values()])
+        parts = self.unit_vectors(k).split([shape.numel() for shape in self.shapes.values()])
         return sum(_flat(g) @ e for g, e in zip(self._gradients.values(), parts, strict=True))
 
     def curvatures(self, k: int | None = None) -> Tensor:
         """λ[n, d] = e_d · G_n e_d = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; they sum over n to the eigenvalues."""
-        return self._up(self._unit_vectors(k)).square().unflatten(0, (self.samples, -1)).sum(1)
+        return self._up(self.unit_vectors(k)).square().unflatten(0, (self.samples, -1)).sum(1)
 
     def newton_step(
         self, damping: Damping, directions: int | Callable[[Tensor], Sequence[int]] | None = None
@@ -250,7 +286,7 @@ class LowRank:
         """
         if directions is None and isinstance(damping, float | int):
             return self.unflatten(-self.solve(self.gradient, float(damping)))
-        e, values = self._unit_vectors(None), self.eigenvalues
+        e, values = self.unit_vectors(None), self.eigenvalues
         if callable(directions):
             ascending = list(directions(values.flip(0)))
             keep = torch.tensor([len(values) - 1 - i for i in ascending], dtype=torch.long, device=self.device)
@@ -266,107 +302,6 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1)
 
 
-def _positive(damping: float) -> None:
+def positive(damping: float) -> None:
     if not damping > 0:
         raise ValueError(f"damping={damping}; expected a positive number, since G itself is singular.")
-
-
-class LowRankGGN(Quantity):
-    """The GGN as a `LowRank` object: ``quantity.result`` after ``backward()``, ``Results.ggn`` of `curvature`.
-
-    Over several mini-batches it is the mean of their GGNs (each has its own batch statistics, so the composition of the
-    batches is part of the definition).
-
-    Args:
-        top: only so many leading eigenpairs (by Lanczos iterations on V); default: the whole spectrum.
-        groups: ``None``: one GGN of all parameters. ``"layer"``: one per module. A mapping: one per named group of
-            parameter names. With groups the result is a dict ``{group: LowRank}``, all from one pass.
-        memory: most bytes for V (N·C·D numbers).
-    """
-
-    field = "ggn"
-    pulls = ("factor", "gradient")
-
-    def __init__(
-        self,
-        top: int | None = None,
-        groups: str | Mapping[str, Iterable[str]] | None = None,
-        memory: float = 4 * 2**30,
-    ) -> None:
-        super().__init__()
-        if top is not None and (not isinstance(top, int) or top < 1):
-            raise ValueError(f"top={top!r}; expected a positive integer or None.")
-        if not (groups is None or groups == "layer" or isinstance(groups, Mapping)):
-            raise ValueError(f"groups={groups!r}; expected None, 'layer', or a mapping from group to parameter names.")
-        self.top, self.groups, self.memory = top, groups, memory
-        self._result: Any = None
-
-    @property
-    def result(self) -> Any:
-        """The `LowRank` (or dict of them) of the last backward pass inside ``with backpack(...)``."""
-        if self._result is None:
-            raise RuntimeError(
-                "LowRankGGN has no result yet: run loss.backward() of an extended model and loss inside "
-                "'with backpack(ggn)', or use Results.ggn of bncurv.curvature."
-            )
-        return self._result
-
-    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
-        """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``."""
-        width = columns["factor"]
-        need = sum(p.numel() * p.element_size() for p in parameters.values()) * samples * (width + 1)
-        if need > self.memory:
-            raise ValueError(
-                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={samples}, {width} columns per sample, "
-                f"{sum(p.numel() for p in parameters.values())} parameters), more than memory={self.memory / 2**30:.1f} "
-                "GiB. Use fewer samples or parameters (params=...), or raise memory=."
-            )
-        make = {"factor": (samples, width), "gradient": (samples, 1)}
-        return {
-            key: {n: torch.zeros((*lead, *p.shape), dtype=p.dtype, device=p.device) for n, p in parameters.items()}
-            for key, lead in make.items()
-        }
-
-    def add(self, state: Any, key: str, rows: Rows) -> None:
-        """V[k] and g_n."""
-        state[key][rows.name][rows.n, rows.c] = rows.values
-
-    def finish(self, state: Any) -> dict[str, Any]:
-        """Raw rows; `assemble` makes the result once the mini-batches are merged."""
-        rows = {name: v.flatten(0, 1) for name, v in state["factor"].items()}
-        return {self.field: (rows, {name: g[:, 0] for name, g in state["gradient"].items()})}
-
-    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Mean of GGNs: rows of V concatenated and divided by √B, gradients by B."""
-        count, pairs = len(batches), [b[self.field] for b in batches]
-        if count == 1:
-            return {self.field: self._assemble(*pairs[0])}
-        names = list(pairs[0][0])
-        rows = {n: torch.cat([r[n] for r, _ in pairs]) * count**-0.5 for n in names}
-        return {self.field: self._assemble(rows, {n: torch.cat([g[n] for _, g in pairs]) / count for n in names})}
-
-    def _assemble(self, rows: dict[str, Tensor], gradients: dict[str, Tensor]) -> Any:
-        if self.groups is None:
-            return LowRank(rows, gradients, self.top)
-        groups: dict[str, list[str]] = {}
-        if isinstance(self.groups, Mapping):
-            groups = {group: list(names) for group, names in self.groups.items()}
-        else:
-            for name in rows:
-                groups.setdefault(name.rpartition(".")[0], []).append(name)
-        for group, names in groups.items():
-            unknown = [n for n in names if n not in rows]
-            if unknown or not names:
-                raise ValueError(f"group '{group}' names {unknown or 'nothing'}; the parameters are {list(rows)}.")
-        return {
-            group: LowRank({n: rows[n] for n in names}, {n: gradients[n] for n in names}, self.top)
-            for group, names in groups.items()
-        }
-
-    def deliver(self, fields: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Keep the result on this object."""
-        self._result = self.merge([fields])[self.field]
-
-    def withdraw(self, parameters: Mapping[str, Tensor]) -> None:
-        """Forget it."""
-        self._result = None

@@ -39,8 +39,7 @@ def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
     """
     if isinstance(low_rank, Mapping):
         raise TypeError(
-            f"spectrum got the groups {list(low_rank)}; pass one of them, e.g. "
-            f"result[{next(iter(low_rank), '')!r}]."
+            f"spectrum got the groups {list(low_rank)}; pass one of them, e.g. result[{next(iter(low_rank), '')!r}]."
         )
     ax = _axes(ax, (7, 4.5))
     values = [float(v) for v in low_rank.eigenvalues]
@@ -113,9 +112,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError(
-            "bncurv.plots draws with matplotlib; install it with: pip install bncurv[plots]"
-        ) from error
+        raise ImportError("bncurv.plots draws with matplotlib; install it with: pip install bncurv[plots]") from error
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 

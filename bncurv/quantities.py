@@ -18,6 +18,7 @@ from bncurv.engine import Mixed, Rows, Source
 from bncurv.losses import LossAtBatch
 
 Result = dict[str, Tensor]
+Parameters = Mapping[str, Tensor]
 
 
 class Quantity(BackpropExtension):
@@ -46,12 +47,12 @@ class Quantity(BackpropExtension):
     def __call__(self, module: nn.Module, g_inp: Any, g_out: Any) -> None:
         """BackPACK runs this on each of its extended modules; our work happens at the loss (``extension.py``)."""
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""
         shared: dict[str, Source | Mixed] = {"gradient": at_batch, "factor": at_batch.factor}
         return {key: shared[key] for key in self.pulls}
 
-    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
         """Empty state for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component.
 
         Args:
@@ -79,20 +80,20 @@ class Quantity(BackpropExtension):
             for field in batches[0]
         }
 
-    def deliver(self, fields: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    def deliver(self, fields: dict[str, Any], parameters: Parameters) -> None:
         """Store the results where BackPACK's users look for them: ``parameter.<field>``."""
         for field, result in fields.items():
             for name, p in parameters.items():
                 setattr(p, field, result[name])
 
-    def withdraw(self, parameters: Mapping[str, Tensor]) -> None:
+    def withdraw(self, parameters: Parameters) -> None:
         """Take back what `deliver` stored."""
         for p in parameters.values():
             for field in [f for f in p.__dict__ if f.startswith(self.field)]:
                 delattr(p, field)
 
 
-def zeros(parameters: Mapping[str, Tensor], *lead: int) -> Result:
+def zeros(parameters: Parameters, *lead: int) -> Result:
     """Zeros ``[*lead, *p]`` for every parameter."""
     return {name: torch.zeros((*lead, *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
 
@@ -126,7 +127,7 @@ class ComponentL2Grad(Quantity):
     pulls = ("gradient",)
     per_component = True
 
-    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Result:
+    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Result:
         """Zeros ``[N]``."""
         return {name: torch.zeros(samples, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
 
@@ -162,7 +163,7 @@ class ComponentVariance(Quantity):
     field = "variance"
     pulls = ("gradient",)
 
-    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
         """Per parameter: count, mean, sum of squared deviations."""
         return {name: [0, mean, torch.zeros_like(mean)] for name, mean in zeros(parameters).items()}
 
@@ -217,12 +218,12 @@ class SqrtGGNExact(Quantity):
 
     field = "sqrt_ggn_exact"
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """The factor."""
         self._width = output[0].numel()
-        return super().sources(at_batch, output)
+        return super().sources(at_batch, output, parameters)
 
-    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Result:
+    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Result:
         """Zeros ``[C, N, *p]``."""
         return zeros(parameters, self._width, samples)
 

@@ -153,9 +153,7 @@ class Recorder(TorchFunctionMode):
                 y = y if affine[role] is None else combine(y, affine[role].view(axes))
         return y
 
-    def _mark(
-        self, output: Tensor, layer: Layer, arguments: dict[str, Any], coupling: Coupling | None = None
-    ) -> None:
+    def _mark(self, output: Tensor, layer: Layer, arguments: dict[str, Any], coupling: Coupling | None = None) -> None:
         given = [arguments.get(role) for role in layer.parameters]
         learnt = [p for p in given if p is not None and p.requires_grad]
         if output.grad_fn is None or not (learnt or coupling) or not all(p.is_leaf for p in learnt):

@@ -172,8 +172,7 @@ def component_ggn_diagonal(
     """
     J, H, N = _factors(model, loss_fn, X, y, params, seed)
     return {
-        name: reduce(rows * torch.tensordot(H, rows, 1), "(n c) ... -> n ...", "sum", n=N)
-        for name, rows in J.items()
+        name: reduce(rows * torch.tensordot(H, rows, 1), "(n c) ... -> n ...", "sum", n=N) for name, rows in J.items()
     }
 
 
@@ -248,9 +247,7 @@ def _pull_back(F: Tensor, chosen: dict[str, Tensor], cotangents: Tensor) -> dict
     return {name: torch.stack(row) for name, row in zip(chosen, rows, strict=True)}
 
 
-def _vjp(
-    output: Tensor, chosen: dict[str, Tensor], cotangent: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def _vjp(output: Tensor, chosen: dict[str, Tensor], cotangent: Tensor | None = None) -> tuple[Tensor, ...]:
     """One backward pass; parameters that do not take part get zeros."""
     return torch.autograd.grad(
         output,

@@ -10,7 +10,6 @@ sample's draw reaches all samples, and squaring per sample (as without BatchNorm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from bncurv.engine import Mixed, Rows, Source
 from bncurv.losses import Factor, LossAtBatch
-from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, zeros
+from bncurv.quantities import Parameters, Quantity, Result, SqrtGGNExact, _squares, zeros
 
 
 class _Sampled(Quantity):
@@ -30,9 +29,7 @@ class _Sampled(Quantity):
         generator: source of randomness on the model's device; default: torch's global one.
     """
 
-    def __init__(
-        self, mc_samples: int = 1, kind: str = "rademacher", generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, mc_samples: int = 1, kind: str = "rademacher", generator: torch.Generator | None = None) -> None:
         super().__init__()
         if not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples={mc_samples!r}; expected a positive integer.")
@@ -55,11 +52,11 @@ class DiagGGNMC(_Sampled):
 
     field = "diag_ggn_mc"
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """Whole-batch columns."""
         return {f"mixed {id(self)}": Mixed(self.draw(at_batch).columns(slice(None)))}
 
-    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
         """Sums of squares and of fourth powers."""
         return zeros(parameters), zeros(parameters)
 
@@ -83,16 +80,14 @@ class DiagGGNMC(_Sampled):
         merged = super().merge(batches)
         key = f"{self.field}_stderr"
         if key in merged and len(batches) > 1:
-            merged[key] = {
-                n: sum(b[key][n] ** 2 for b in batches).sqrt() / len(batches) for n in merged[key]
-            }
+            merged[key] = {n: sum(b[key][n] ** 2 for b in batches).sqrt() / len(batches) for n in merged[key]}
         return merged
 
 
 class _PerComponentSampled(_Sampled):
     """Base: each sample's own draws, pulled back one by one (M passes for the draws, as C for the exact factor)."""
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """Per-sample columns, scaled so that V Vᵀ estimates G."""
         drawn = self.draw(at_batch)
         return {f"sampled {id(self)}": Factor(drawn.blocks * self.mc_samples**-0.5, drawn.layout, joint=True)}
@@ -117,7 +112,7 @@ class SqrtGGNMC(_PerComponentSampled, SqrtGGNExact):
 
     field = "sqrt_ggn_mc"
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor) -> dict[str, Source | Mixed]:
+    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """Per-sample columns."""
         self._width = self.mc_samples
-        return _PerComponentSampled.sources(self, at_batch, output)
+        return _PerComponentSampled.sources(self, at_batch, output, parameters)

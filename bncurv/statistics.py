@@ -80,7 +80,7 @@ class BatchNormCoupling(Coupling):
         return self._x.shape
 
     def own_cotangents(self) -> Tensor:
-        """d mean / dx and d v / dx of every channel's own entries, ``[2, *x]``: 1/m and 2 (x - mean)/m."""
+        """D mean / dx and d v / dx of every channel's own entries, ``[2, *x]``: 1/m and 2 (x - mean)/m."""
         m = self._x.numel() // self._x.shape[1]
         centred = self._x - _per_channel(self._x, self._mean)
         return torch.stack([torch.full_like(centred, 1 / m), 2 / m * centred])
@@ -88,7 +88,9 @@ class BatchNormCoupling(Coupling):
     @functools.cached_property
     def _moments(self) -> Tensor:
         """Ones and x̂ per channel, ``[c, (n s), 2]``."""
-        hat = rearrange(self.normalised.flatten(2) if self._x.dim() > 2 else self.normalised[..., None], "n c s -> c (n s)")
+        hat = rearrange(
+            self.normalised.flatten(2) if self._x.dim() > 2 else self.normalised[..., None], "n c s -> c (n s)"
+        )
         return torch.stack([torch.ones_like(hat), hat], -1)
 
     @functools.cached_property
@@ -147,7 +149,7 @@ class _BatchNorm(torch.autograd.Function):
             x, weight, bias, *running, True, momentum, eps, torch.backends.cudnn.enabled
         )
         ctx.save_for_backward(x, weight, mean, invstd, reserve)
-        ctx.kind, ctx.eps, ctx.gates, ctx.running = kind, eps, gates, running
+        ctx.kind, ctx.eps, ctx.gates = kind, eps, gates
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
         return y, mean, invstd
@@ -161,14 +163,12 @@ class _BatchNorm(torch.autograd.Function):
             return _per_channel(x, invstd if weight is None else invstd * weight) * g, *(None,) * 6
         mask = list(ctx.needs_input_grad[:3])
         dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
-            ctx.kind, x, g, weight, *ctx.running, mean, invstd, True, ctx.eps, mask, reserve
+            ctx.kind, x, g, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve
         )
         return *(t if needed else None for t, needed in zip((dx, dw, db), mask, strict=True)), None, None, None, None
 
 
-def batch_norm(
-    arguments: dict[str, Any], name: str, gates: Gates
-) -> tuple[Tensor, Coupling | None, dict[str, Tensor]]:
+def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tensor, Coupling | None, dict[str, Tensor]]:
     """A train-mode batch normalisation, gated.
 
     Args:

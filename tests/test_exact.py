@@ -78,7 +78,9 @@ def test_extend(case, oracle):
 
 @pytest.mark.parametrize("method", ["coupled", "dense"])
 @pytest.mark.parametrize("chunk_size", [1, 3])
-@pytest.mark.parametrize("case", [c for c in EXACT if c.name in ("residual_cnn", "unet", "segmentation", "conv3d")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in EXACT if c.name in ("residual_cnn", "unet", "segmentation", "conv3d")], ids=str
+)
 def test_chunk_size(case, method, chunk_size, oracle):
     model, loss_fn, X, y = case.build()
     res = curvature(model, loss_fn, (X, y), DiagGGNExact(), ComponentGrad(), method=method, chunk_size=chunk_size)

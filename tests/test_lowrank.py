@@ -170,7 +170,11 @@ def test_noise_directions_are_refused():
 
 def test_bad_arguments():
     ggn = low_rank(next(c for c in MODELS if c.name == "residual_cnn"))
-    for call in (lambda: ggn.solve(torch.zeros(ggn.dim).double(), 0.0), lambda: ggn.logdet(-1.0), lambda: ggn.sample(0)):
+    for call in (
+        lambda: ggn.solve(torch.zeros(ggn.dim).double(), 0.0),
+        lambda: ggn.logdet(-1.0),
+        lambda: ggn.sample(0),
+    ):
         with pytest.raises(ValueError, match="expected a positive number"):
             call()
     with pytest.raises(ValueError, match="vector has shape"):
@@ -182,3 +186,59 @@ def test_bad_arguments():
     case = next(c for c in MODELS if c.name == "residual_cnn")
     with pytest.raises(ValueError, match="LowRankGGN needs .* GiB"):
         low_rank(case, memory=1000)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_matrix_free(case):
+    full, free = low_rank(case), low_rank(case, top=3, matrix_free=True)
+    G = reference.ggn(*case.build())
+    v = torch.randn(len(G), 2, dtype=G.dtype)
+    assert isinstance(free, bncurv.MatrixFreeGGN)
+    assert torch.allclose(free @ v, G @ v, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(free.eigenvalues, full.eigenvalues[:3], rtol=1e-9)
+    assert float(free.residuals().max()) <= 1e-8 * float(free.eigenvalues[0])
+    assert torch.allclose(free.solve(v, 0.3), full.solve(v, 0.3), rtol=1e-6, atol=1e-8)
+    assert torch.allclose(free.slopes(2).sum(0).abs(), full.slopes(2).sum(0).abs(), rtol=1e-5, atol=1e-8)
+    for refused in (lambda: free.trace, lambda: free.logdet(1.0), lambda: free.sample(1.0), lambda: free.curvatures()):
+        with pytest.raises(NotImplementedError, match="needs all rows of V"):
+            refused()
+
+
+def test_matrix_free_over_batches_and_where_memory_is_short():
+    case = next(c for c in MODELS if c.name == "mlp_bn")
+    model, loss_fn, X, y = case.build()
+    half = len(X) // 2
+    batches = [(X[:half], y[:half]), (X[half:], y[half:])]
+    ggn = curvature(model, loss_fn, batches, LowRankGGN(top=2, memory=100)).ggn
+    G = sum(reference.ggn(model, loss_fn, *b) for b in batches) / 2
+    assert isinstance(ggn, bncurv.MatrixFreeGGN)
+    assert torch.allclose(ggn.eigenvalues, torch.linalg.eigvalsh(G).flip(0)[:2], rtol=1e-9)
+
+
+def test_matrix_free_is_refused_in_the_context():
+    case = next(c for c in MODELS if c.name == "mlp_bn")
+    model, loss_fn, X, y = case.build()
+    bncurv.extend(model), bncurv.extend(loss_fn)
+    with pytest.raises(ValueError, match="needs the network's graph"), backpack(LowRankGGN(top=2, matrix_free=True)):
+        loss_fn(model(X), y).backward()
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_density(free):
+    case = next(c for c in MODELS if c.name == "mlp_bn")
+    ggn, G = low_rank(case, top=3, matrix_free=free), reference.ggn(*case.build())
+    nodes, weights = ggn.density(probes=400, generator=torch.Generator().manual_seed(0))
+    assert float(weights.sum()) == pytest.approx(1)
+    assert float((weights * nodes).sum() * len(G)) == pytest.approx(float(G.trace()), rel=0.1)
+    assert float((weights * nodes**2).sum() * len(G)) == pytest.approx(float(G.square().sum()), rel=0.2)
+
+
+def test_double_backward_through_an_extended_model_is_pytorchs():
+    case = next(c for c in MODELS if c.name == "residual_cnn")
+    hessian_products = []
+    for prepare in (lambda m: m, bncurv.extend):
+        model, loss_fn, X, y = case.build()
+        params = list(prepare(model).parameters())
+        grads = torch.autograd.grad(loss_fn(model(X), y), params, create_graph=True)
+        hessian_products.append(torch.autograd.grad(sum((g * g.detach()).sum() for g in grads), params))
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*hessian_products, strict=True))

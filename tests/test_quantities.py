@@ -111,7 +111,9 @@ def test_variance_does_not_cancel():
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "labels"])
-@pytest.mark.parametrize("case", [c for c in EXACT if c.name in ("mlp_bn", "dcgan", "bce_pos_weight", "segmentation")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in EXACT if c.name in ("mlp_bn", "dcgan", "bce_pos_weight", "segmentation")], ids=str
+)
 def test_mc_is_unbiased(case, kind):
     model, loss_fn, X, y = case.build()
     draws = 4000

@@ -1,0 +1,141 @@
+"""The quantity that collects V (or the network's graph) and makes a `LowRank` of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bncurv.engine import Mixed, Rows, Source
+from bncurv.losses import LossAtBatch
+from bncurv.lowrank import LowRank
+from bncurv.operator import BatchOperator, MatrixFreeGGN
+from bncurv.quantities import Parameters, Quantity
+
+
+class LowRankGGN(Quantity):
+    """The GGN as a `LowRank` object: ``quantity.result`` after ``backward()``, ``Results.ggn`` of `curvature`.
+
+    Over several mini-batches it is the mean of their GGNs (each has its own batch statistics, so the composition of the
+    batches is part of the definition).
+
+    Args:
+        top: only so many leading eigenpairs (by Lanczos iterations); default: the whole spectrum.
+        groups: ``None``: one GGN of all parameters. ``"layer"``: one per module. A mapping: one per named group of
+            parameter names. With groups the result is a dict ``{group: LowRank}``, all from one pass.
+        memory: most bytes for V (N·C·D numbers, all mini-batches together).
+        matrix_free: with ``top``: ``True`` works through the network's graph instead of V (`MatrixFreeGGN`), ``None`` does
+            so where V exceeds ``memory``. For `curvature` only: in BackPACK's gesture the graph is gone after ``backward()``.
+    """
+
+    field = "ggn"
+    pulls = ("factor", "gradient")
+
+    def __init__(
+        self,
+        top: int | None = None,
+        groups: str | Mapping[str, Iterable[str]] | None = None,
+        memory: float = 4 * 2**30,
+        matrix_free: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if top is not None and (not isinstance(top, int) or top < 1):
+            raise ValueError(f"top={top!r}; expected a positive integer or None.")
+        if not (groups is None or groups == "layer" or isinstance(groups, Mapping)):
+            raise ValueError(f"groups={groups!r}; expected None, 'layer', or a mapping from group to parameter names.")
+        if matrix_free and (top is None or groups is not None):
+            raise ValueError(
+                "matrix_free=True needs top=k, and has no groups; pass LowRankGGN(top=10, matrix_free=True)."
+            )
+        self.top, self.groups, self.memory, self.matrix_free = top, groups, memory, matrix_free
+        self._result: Any = None
+
+    @property
+    def result(self) -> Any:
+        """The `LowRank` (or dict of them) of the last backward pass inside ``with backpack(...)``."""
+        if self._result is None:
+            raise RuntimeError(
+                "LowRankGGN has no result yet: run loss.backward() of an extended model and loss inside "
+                "'with backpack(ggn)', or use Results.ggn of bncurv.curvature."
+            )
+        return self._result
+
+    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
+        """Both kinds of columns; only the gradient's where V is not built."""
+        entries = sum(p.numel() * p.element_size() for p in parameters.values())
+        need = entries * len(output) * (at_batch.factor.columns_per_sample + 1)
+        plain = self.top is not None and self.groups is None
+        self._free = self.matrix_free if self.matrix_free is not None else plain and need > self.memory
+        if not self._free and need > self.memory:
+            raise ValueError(
+                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={len(output)}, {at_batch.factor.columns_per_sample} "
+                f"columns per sample, {sum(p.numel() for p in parameters.values())} parameters), more than "
+                f"memory={self.memory / 2**30:.1f} GiB. Use LowRankGGN(top=k, matrix_free=True), fewer samples or "
+                "parameters (params=...), or raise memory=."
+            )
+        self._operator = BatchOperator(output, at_batch.factor, parameters) if self._free else None
+        sources = super().sources(at_batch, output, parameters)
+        return {key: s for key, s in sources.items() if key == "gradient" or not self._free}
+
+    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
+        """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``."""
+        keys = [key for key in self.pulls if key == "gradient" or not self._free]
+        return {
+            key: {
+                n: torch.zeros((samples, columns[key], *p.shape), dtype=p.dtype, device=p.device)
+                for n, p in parameters.items()
+            }
+            for key in keys
+        }
+
+    def add(self, state: Any, key: str, rows: Rows) -> None:
+        """V[k] and g_n."""
+        state[key][rows.name][rows.n, rows.c] = rows.values
+
+    def finish(self, state: Any) -> dict[str, Any]:
+        """Rows of V (or the operator), and the per-component gradients; `merge` makes the result of them."""
+        operator, self._operator = self._operator, None
+        rows = operator or {name: v.flatten(0, 1) for name, v in state["factor"].items()}
+        return {self.field: (rows, {name: g[:, 0] for name, g in state["gradient"].items()})}
+
+    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """Mean of GGNs: rows of V concatenated and divided by √B, gradients by B."""
+        count, (rows, gradients) = len(batches), zip(*(b[self.field] for b in batches), strict=True)
+        mean = {n: torch.cat([g[n] for g in gradients]) / count for n in gradients[0]}
+        if isinstance(rows[0], BatchOperator):
+            return {self.field: MatrixFreeGGN(list(rows), mean, self.top)}
+        scaled = {n: torch.cat([r[n] for r in rows]) * count**-0.5 for n in rows[0]} if count > 1 else rows[0]
+        return {self.field: self._assemble(scaled, mean)}
+
+    def _assemble(self, rows: dict[str, Tensor], gradients: dict[str, Tensor]) -> Any:
+        if self.groups is None:
+            return LowRank(rows, gradients, self.top)
+        groups: dict[str, list[str]] = {}
+        if isinstance(self.groups, Mapping):
+            groups = {group: list(names) for group, names in self.groups.items()}
+        else:
+            for name in rows:
+                groups.setdefault(name.rpartition(".")[0], []).append(name)
+        for group, names in groups.items():
+            unknown = [n for n in names if n not in rows]
+            if unknown or not names:
+                raise ValueError(f"group '{group}' names {unknown or 'nothing'}; the parameters are {list(rows)}.")
+        return {
+            group: LowRank({n: rows[n] for n in names}, {n: gradients[n] for n in names}, self.top)
+            for group, names in groups.items()
+        }
+
+    def deliver(self, fields: dict[str, Any], parameters: Parameters) -> None:
+        """Keep the result on this object."""
+        if isinstance(fields[self.field][0], BatchOperator):
+            raise ValueError(
+                "LowRankGGN(matrix_free=True) needs the network's graph, which backward() frees; use bncurv.curvature(...), "
+                "or matrix_free=False inside 'with backpack(...)'."
+            )
+        self._result = self.merge([fields])[self.field]
+
+    def withdraw(self, parameters: Parameters) -> None:
+        """Forget it."""
+        self._result = None
