@@ -31,8 +31,8 @@ class Results:
         passes: backward passes of a whole batch that it took, over all mini-batches.
         batches: number of mini-batches averaged over.
         error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name and summed
-            over all columns of the last mini-batch; empty where nothing was. A diagonal of the GGN with trace t is off by
-            at most ``2 √t error + error²`` in the sum of its entries.
+            over all columns of the last mini-batch; empty where nothing was. A diagonal of the GGN with trace t is off
+            by at most ``2 √t error + error²`` in the sum of its entries.
     """
 
     fields: Mapping[str, Any]
@@ -190,7 +190,7 @@ def check_options(method: str, tol: float, chunk_size: int | None) -> None:
     """Raise ValueError for a method, tolerance or chunk size that means nothing."""
     if method not in ("auto", "coupled", "dense"):
         raise ValueError(f"method={method!r}; expected 'auto', 'coupled' or 'dense'.")
-    if not 0 <= tol < 1:
+    if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 <= tol < 1:
         raise ValueError(f"tol={tol!r}; expected a relative tolerance, 0 <= tol < 1.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size={chunk_size!r}; expected None or a positive integer (vectors held at once).")
@@ -207,7 +207,11 @@ def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[st
     named = dict(model.named_parameters())
     if isinstance(params, str):
         raise TypeError(f"params={params!r} is a string; expected an iterable of names, e.g. params=[{params!r}].")
+    if not (params is None or isinstance(params, Iterable)):
+        raise TypeError(f"params={params!r}; expected an iterable of parameter names.")
     names = [n for n, p in named.items() if p.requires_grad] if params is None else list(params)
+    if not names and params is not None:
+        raise ValueError("params is empty; expected at least one name, or None for all that require grad.")
     for name in names:
         if name not in named:
             close = difflib.get_close_matches(str(name), named, n=3) or list(named)[:3]
@@ -218,7 +222,7 @@ def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[st
             raise ValueError(f"params names '{name}', which has requires_grad=False; set it to True, or leave it out.")
     if not names:
         raise ValueError(
-            f"{type(model).__name__} has no parameter that requires grad{'' if params is None else ' in params'}; "
+            f"{type(model).__name__} has no parameter that requires grad; "
             "there is nothing to compute curvature for."
         )
     return {name: named[name] for name in names}
@@ -226,11 +230,16 @@ def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[st
 
 def _batches(data: Any) -> Iterator[tuple[Any, Tensor]]:
     """One pair, or an iterable of pairs."""
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+    if isinstance(data, tuple | list) and len(data) == 2 and any(isinstance(t, Tensor) for t in data):
         data = [data]
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data is {type(data).__name__}; expected one batch (X, y), or an iterable of such pairs.")
     for pair in data:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Tensor)):
-            raise TypeError(f"data yields {type(pair).__name__}; expected pairs (X, y) with a tensor y.")
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            length = f" of length {len(pair)}" if isinstance(pair, tuple | list) else ""
+            raise TypeError(f"data yields {type(pair).__name__}{length}; expected pairs (X, y) with a tensor y.")
+        if not isinstance(pair[1], Tensor):
+            raise TypeError(f"y is {type(pair[1]).__name__}; expected a tensor, the second of a pair (X, y).")
         yield pair[0], pair[1]
 
 
@@ -302,4 +311,4 @@ def left_as_is(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in values:  # by value: batch_norm bumps no version of its running statistics
                     if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+                        buffer.data.copy_(value)

@@ -60,13 +60,13 @@ class Costs:
         engine, components = self._engine, self._engine.samples * self._columns
         cost = (self._columns + 2) * self._pass(-1, engine.calls_in(-1)) + 6 * CALL * len(self._calls)
         for j in engine.couplings:
-            sites, count = engine.sites_below(j), engine.trace.sites[j].mark.coupling.statistics.numel()
+            sites, count = engine.sites_below(j), engine.trace.sites[j].coupling.statistics.numel()
             if sites:
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
                 cost += count * self._pass(engine.trace.sites[j].upstream, sites) + CALL * calls
         for name, p in engine.wanted.items():
             directions = sum(
-                engine.trace.sites[j].mark.coupling.statistics.numel()
+                engine.trace.sites[j].coupling.statistics.numel()
                 for j in engine.above(name)
                 if engine.direct(j) not in [i for i, _ in engine.uses[name]]
             )

@@ -52,7 +52,7 @@ class Correction:
 
     def dense(self) -> tuple[Tensor, Tensor] | None:
         """All of it as one pair ``A [n, c, R]``, ``P [R, p]``; ``None`` if there is nothing."""
-        pairs = [] if self.A is None else [(self.A, self.P.reshape(len(self.P), -1))]
+        pairs = [] if self.A is None or self.P is None else [(self.A, self.P.reshape(len(self.P), -1))]
         for a, p in self.direct:
             eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
             spread = torch.einsum("toi,oc->tcoi", p.reshape(2, p.shape[1], -1), eye)
@@ -86,13 +86,13 @@ class Directions:
         for name, uses in engine.uses.items() if site is not None else ():
             for i, role in uses:
                 if i == site:
-                    cotangents = engine.trace.sites[j].mark.coupling.own_cotangents()
+                    cotangents = engine.trace.sites[j].coupling.own_cotangents()
                     self._direct.setdefault(name, []).append((j, engine.summed_product(i, role, cotangents)))
 
     def _pull(self, j: int) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """P and B of coupling ``j``: its statistics, one coordinate after the other, pulled back."""
         engine, site = self._engine, self._engine.trace.sites[j]
-        statistics, lower = site.mark.coupling.statistics, engine.couplings_in(site.upstream)
+        statistics, lower = site.coupling.statistics, engine.couplings_in(site.upstream)
         sites = engine.sites_below(j)
         names = [
             name for name, uses in engine.uses.items() if any(i in sites and site.upstream >> i & 1 for i, _ in uses)
@@ -106,7 +106,7 @@ class Directions:
             for name in names:
                 products[name].append(rows[name] if name in rows else engine.zeros(name, len(eye[q])))
             for i in lower:
-                d, below = deltas[sites.index(i)], engine.trace.sites[i].mark.coupling
+                d, below = deltas[sites.index(i)], engine.trace.sites[i].coupling
                 between[i].append(
                     eye.new_zeros(len(eye[q]), below.statistics.numel()) if d is None else below.summed(d)
                 )
@@ -175,7 +175,7 @@ class TruncatedDirections:
     def _pull(self, directions: Tensor) -> dict[str, Tensor]:
         """Directions ``[q, R]`` on all statistics, pulled back with open gates: ``[q, *p]`` per parameter."""
         engine = self._engine
-        statistics = [engine.trace.sites[j].mark.coupling.statistics for j in engine.couplings]
+        statistics = [engine.trace.sites[j].coupling.statistics for j in engine.couplings]
         sites = engine.calls_in(-1)
         names = [name for name in engine.uses if engine.above(name)]
         parts: dict[str, list[Tensor]] = {name: [engine.zeros(name, 0)] for name in names}
@@ -202,7 +202,7 @@ def read_coefficients(engine: Engine, delta: dict[int, Tensor | None], count: in
     """A of every coupling before the chain through lower statistics, ``[n, c, R]``."""
     a: dict[int, Tensor] = {}
     for j in engine.couplings:
-        coupling, d = engine.trace.sites[j].mark.coupling, delta[j]
+        coupling, d = engine.trace.sites[j].coupling, delta[j]
         if d is None:
             a[j] = engine.output.new_zeros(engine.samples, count, coupling.statistics.numel())
         else:

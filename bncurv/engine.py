@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -49,7 +49,9 @@ class Source(Protocol):
     """Columns to pull back: ``columns_per_sample`` of them for each sample."""
 
     @property
-    def columns_per_sample(self) -> int: ...
+    def columns_per_sample(self) -> int:
+        """Number of columns of each sample."""
+        ...
 
     def columns(self, c: slice) -> Tensor:
         """Columns ``c`` of all samples, each in its own row: ``[c, n, *output]``."""
@@ -118,7 +120,9 @@ class Engine:
         self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self.calls_in(s.upstream)]
         self._columns = columns
         self.costs = Costs(self, columns)
-        self._tol, self.error = tol, {}
+        self._tol = tol
+        self.error: dict[str, float] = {}
+        self.directions: Directions | TruncatedDirections
         self._rights: dict[tuple[int, str], Tensor | None] = {}
         self._room = RIGHT_BYTES
         self._slow = self._without_product()
@@ -131,7 +135,7 @@ class Engine:
         loose = {id(p) for p in self.trace.loose}
         uses: dict[str, list[tuple[int, str]]] = {}
         for j, site in enumerate(self.trace.sites):
-            for role, p in site.mark.call.parameters if site.mark.call else ():
+            for role, p in site.call.parameters if site.mark.call else ():
                 if id(p) in names and id(p) not in loose:
                     uses.setdefault(names[id(p)], []).append((j, role))
         return uses
@@ -146,19 +150,21 @@ class Engine:
         loose = {id(p) for p in self.trace.loose}
         slow = [name for name, p in self.wanted.items() if id(p) in loose]
         for name, uses in self.uses.items():
-            if any(self.trace.sites[j].mark.call.output[0] % self.samples for j, _ in uses):
+            if any(self.trace.sites[j].call.output[0] % self.samples for j, _ in uses):
                 slow.append(name)
         return slow
 
     def site_edges(self, sites: list[int]) -> list[GradientEdge]:
+        """Where the cotangents of ``sites`` are read."""
         return [self.trace.sites[j].edge for j in sites]
 
     def direct(self, j: int) -> int | None:
-        """The site whose output is coupling ``j``'s input, entry by entry, if its channels lead its parameters' axes."""
+        """The site whose output is coupling ``j``'s input, entry by entry, if channels lead its parameters' axes."""
         coupling, below = self.trace.sites[j].mark.coupling, self.trace.sites[j].mark.below
         for i in self.calls_in(self.trace.sites[j].upstream):
-            call, edge = self.trace.sites[i].mark.call, self.trace.sites[i].edge
-            if isinstance(coupling, BatchNormCoupling) and edge.node is below[0].node and call.layer.channels_lead:
+            call, edge = self.trace.sites[i].call, self.trace.sites[i].edge
+            leads = edge.node is below[0].node and call.layer.channels_lead(call.output)
+            if isinstance(coupling, BatchNormCoupling) and leads:
                 return i if edge.output_nr == below[0].output_nr and call.output == coupling.shape else None
         return None
 
@@ -168,6 +174,7 @@ class Engine:
         return sorted({*self.calls_in(upstream), *self.couplings_in(upstream)} - {self.direct(j)})
 
     def couplings_in(self, sites: int) -> list[int]:
+        """Couplings of a bit set, in forward order."""
         return [j for j in self.couplings if sites >> j & 1]
 
     # ---------------------------------------------------------------- which way
@@ -196,7 +203,7 @@ class Engine:
         for site in self.trace.sites:
             if site.mark.coupling and site.mark.rows % self.samples:
                 return (
-                    f"the input of '{site.mark.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
+                    f"the input of '{site.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
         with closed_gates(self.trace.sites):
@@ -208,14 +215,12 @@ class Engine:
             return 0
         if self.way == "dense":
             return self.samples * columns
-        directions = sum(
-            self.trace.sites[j].mark.coupling.statistics.numel() for j in self.couplings if self.sites_below(j)
-        )
+        directions = sum(self.trace.sites[j].coupling.statistics.numel() for j in self.couplings if self.sites_below(j))
         return columns + directions + (self.samples * columns if self._slow else 0)
 
     # ---------------------------------------------------------------- backward passes
     def vjp(
-        self, outputs: Tensor | list[Tensor], edges: list[GradientEdge | Tensor], cotangents: Tensor | list[Tensor]
+        self, outputs: Tensor | list[Tensor], edges: Sequence[GradientEdge | Tensor], cotangents: Tensor | list[Tensor]
     ) -> list[Tensor | None]:
         """Backward passes of ``cotangents [q, *output]`` at once: ``[q, *edge]`` per edge, ``None`` for zero."""
         outputs, cotangents = ([t] if isinstance(t, Tensor) else t for t in (outputs, cotangents))
@@ -225,7 +230,7 @@ class Engine:
         self.passes += count
         self._tick(count)
         pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
-        if count > 1:
+        if count > 1 and not torch.is_anomaly_enabled():
             try:
                 return list(pull(outputs, edges, cotangents, is_grads_batched=True))
             except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
@@ -253,13 +258,13 @@ class Engine:
 
     def summed_product(self, j: int, role: str, delta: Tensor) -> Tensor:
         """One parameter's product at one site, summed over the batch: ``[q, *p]``."""
-        call = self.trace.sites[j].mark.call
+        call = self.trace.sites[j].call
         product = Product(call.layer.left(role, call.arguments, delta), self._right(j, role))
         return call.layer.unfold(role, product.summed(), call.arguments[role].shape)
 
     def _right(self, j: int, role: str, rows: slice = slice(None)) -> Tensor | None:
         """Right operand of a product, kept for the next chunk as long as all of them stay small."""
-        call, key = self.trace.sites[j].mark.call, (j, role)
+        call, key = self.trace.sites[j].call, (j, role)
         if self.chunk_size:
             return call.right(role, rows)
         if key not in self._rights:
@@ -278,6 +283,7 @@ class Engine:
         return {name: self.zeros(name, len(cotangents)) if g is None else g for name, g in zip(names, got, strict=True)}
 
     def zeros(self, name: str, *lead: int) -> Tensor:
+        """Zero rows ``[*lead, *p]`` of a parameter."""
         p = self.wanted[name]
         return torch.zeros((*lead, *p.shape), dtype=self.output.dtype, device=p.device)
 
@@ -342,12 +348,13 @@ class Engine:
         """Rows of V with the statistics held constant, ``[n, c, *p]``, contiguous."""
         total = None
         for j, role in self.uses.get(name, ()):
-            if delta[j] is None:
+            d = delta[j]
+            if d is None:
                 continue
-            call = self.trace.sites[j].mark.call
+            call = self.trace.sites[j].call
             t = call.output[0] // self.samples  # rows of the layer's input per sample
             m = slice(n.start * t, n.stop * t)
-            left = call.layer.left(role, call.arguments, delta[j][:, m])
+            left = call.layer.left(role, call.arguments, d[:, m])
             rows = Product(left, self._right(j, role, m)).per_sample()
             if t > 1:
                 rows = rows.unflatten(0, (-1, t)).sum(1)
@@ -369,7 +376,7 @@ class Engine:
 @contextmanager
 def closed_gates(sites: list[Site]) -> Iterator[None]:
     """Hold the statistics of a graph constant; also where several forward passes meet."""
-    gates = {s.mark.coupling.gates for s in sites if s.mark.coupling}
+    gates = {s.coupling.gates for s in sites if s.mark.coupling}
     for g in gates:
         g.closed = True
     try:

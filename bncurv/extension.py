@@ -1,8 +1,8 @@
 """The BackPACK gesture: `extend` a model and a loss, then ``with backpack(...): loss.backward()``.
 
-Extending adds a hook or two and nothing else. The model's forward records each forward pass (``record.py``); the loss' hook
-runs, when the gradient of the loss value arrives in ``backward()``, the quantities that are active in BackPACK's context
-and stores the results on the parameters.
+Extending adds a hook or two and nothing else. The model's forward records each forward pass (``record.py``); the loss'
+hook runs, when the gradient of the loss value arrives in ``backward()``, the quantities that are active in BackPACK's
+context and stores the results on the parameters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from bncurv.api import check_output, check_quantities, compute
 from bncurv.foreign import backpack_set_aside
-from bncurv.losses import LOSSES, evaluate
+from bncurv.losses import LOSSES, evaluate, find_loss
 from bncurv.quantities import Quantity
-from bncurv.record import MODEL, Recorder, models_behind
+from bncurv.record import MODEL, Recorder, metadata, models_behind
 
 _ATTRIBUTE = "_bncurv_hooks"
 
@@ -29,8 +29,8 @@ _ATTRIBUTE = "_bncurv_hooks"
 def extend(module: nn.Module) -> nn.Module:
     """Make a model or a loss ready for bncurv's quantities inside BackPACK's ``with backpack(...)``.
 
-    Only hooks (for a model, one around its ``forward``) are added; the module stays the same object, is neither converted nor copied, and works as before.
-    Undo with `unextend`.
+    Only hooks (for a model, one around its ``forward``) are added; the module stays the same object, is neither
+    converted nor copied, and works as before. Undo with `unextend`.
 
     Args:
         module: the model (its root module), or the loss module.
@@ -60,8 +60,7 @@ def extend(module: nn.Module) -> nn.Module:
         ]
     else:
         handles = [module.register_forward_pre_hook(_join_backpack)]
-        module._bncurv_forward = module.__dict__.get("forward")  # somebody's own instance attribute, mostly None
-        module.forward = functools.partial(_recorded, module)
+        _wrap_forward(module)
     setattr(module, _ATTRIBUTE, handles)
     return module
 
@@ -93,7 +92,12 @@ def unextend(module: nn.Module) -> nn.Module:
 _recording = False  # whether an extended model is running now (those inside it need no recorder of their own)
 
 
-def _recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _wrap_forward(module: Any) -> None:
+    module._bncurv_forward = module.__dict__.get("forward")  # somebody's own instance attribute, mostly None
+    module.forward = functools.partial(_recorded, module)
+
+
+def _recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an extended model. Not a pair of hooks: those are left dangling by a KeyboardInterrupt."""
     global _recording
     forward = module._bncurv_forward or functools.partial(type(module).forward, module)
@@ -106,7 +110,7 @@ def _recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     finally:
         _recording = False
     if isinstance(output, Tensor) and output.grad_fn is not None:
-        output.grad_fn.metadata[MODEL] = weakref.ref(module)
+        metadata(output.grad_fn)[MODEL] = weakref.ref(module)
     return output
 
 
@@ -115,7 +119,7 @@ def _foreign() -> list[Any]:
     return [e for e in CTX.get_active_exts() if not isinstance(e, Quantity)]
 
 
-def _join_backpack(module: nn.Module, args: tuple) -> None:
+def _join_backpack(module: Any, args: tuple) -> None:
     """Beside BackPACK's own extensions its hooks are needed too; they refuse in-place layers, so only then."""
     if _foreign() and not any(hasattr(m, "_backpack_extend") for m in module.modules()):
         before = len(CTX.hook_handles)
@@ -132,7 +136,7 @@ def _after_loss(loss_fn: nn.Module, args: tuple, kwargs: dict[str, Any], loss: A
         loss.register_hook(lambda g: _run(loss_fn, output, target, g))
 
 
-def _run(loss_fn: nn.Module, output: Tensor, target: Tensor, g: Tensor) -> None:
+def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     """Compute the active quantities; called in ``backward()`` before the graph behind the loss is walked."""
     quantities = [e for e in CTX.get_active_exts() if isinstance(e, Quantity)]
     if not quantities:
@@ -150,13 +154,14 @@ def _run(loss_fn: nn.Module, output: Tensor, target: Tensor, g: Tensor) -> None:
             "'with backpack(...)' block on a model without BackPACK's hooks. Run the forward pass inside the block, or "
             "call backpack.extend on the model and the loss as well."
         )
-    wanted = {
+    wanted: dict[str, Tensor] = {
         (f"{i}." if len(models) > 1 else "") + name: p
         for i, model in enumerate(models)
         for name, p in model.named_parameters()
         if p.requires_grad
     }
     check_output(output, target, wanted)
+    find_loss(loss_fn)
     if g.numel() != 1:
         raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
     with backpack_set_aside(), torch.enable_grad():
@@ -181,7 +186,7 @@ def _expect_gradient(
     expected = torch.autograd.grad(
         output, list(wanted.values()), gradient, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    # same kernels as backward()'s: equal to rounding, that of a zero gradient (bias before a BatchNorm) being the whole's
+    # same kernels as backward()'s: equal to rounding; for a zero gradient (bias before a BatchNorm) to the whole's
     relative = 1e-9 if gradient.dtype == torch.float64 else 1e-4
     whole = torch.stack([own.norm() for own in expected]).norm()
 
@@ -197,9 +202,10 @@ def _expect_gradient(
                     q.withdraw(wanted)
                 raise RuntimeError(
                     f"backward() gave '{name}' a gradient that is not that of {type(loss_fn).__name__} alone (relative "
-                    f"difference {float((grown - own).norm() / (scale + 0.1 * whole)):.1e}): the loss was composed with other terms, "
-                    "whose curvature bncurv does not know. Call backward() on the extended loss (times a positive "
-                    "number, if you like), and add the gradient of other terms in a backward() outside the block."
+                    f"difference {float((grown - own).norm() / (scale + 0.1 * whole)):.1e}): the loss was composed "
+                    "with other terms, whose curvature bncurv does not know. Call backward() on the extended loss "
+                    "(times a positive number, if you like), and add the gradient of other terms in a backward() "
+                    "outside the block."
                 )
 
     torch.autograd.Variable._execution_engine.queue_callback(check)
@@ -215,19 +221,19 @@ def _watch_context() -> None:
     enter, leave = context.__enter__, context.__exit__
 
     @functools.wraps(enter)
-    def entered(self):
+    def entered(self: Any) -> Any:
         self._bncurv_runs = {q: q.runs for q in self.exts if isinstance(q, Quantity)}
         return enter(self)
 
     @functools.wraps(leave)
-    def left(self, exc_type, exc_value, traceback):
+    def left(self: Any, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         leave(self, exc_type, exc_value, traceback)
         idle = [type(q).__name__ for q, runs in self._bncurv_runs.items() if q.runs == runs]
         if exc_type is None and idle:
             raise RuntimeError(
-                f"{', '.join(idle)} did not run inside this 'with backpack(...)' block: no backward pass of an extended "
-                "loss took place. Call model = bncurv.extend(model) and loss_fn = bncurv.extend(loss_fn), and run "
-                "loss_fn(model(X), y).backward() inside the block."
+                f"{', '.join(idle)} did not run inside this 'with backpack(...)' block: no backward pass of an "
+                "extended loss took place. Call model = bncurv.extend(model) and loss_fn = bncurv.extend(loss_fn), "
+                "and run loss_fn(model(X), y).backward() inside the block."
             )
 
     context.__enter__, context.__exit__ = entered, left

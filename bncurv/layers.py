@@ -65,16 +65,20 @@ class Layer(ABC):
     Attributes:
         arguments: names of the function's arguments in positional order; the first is the input.
         parameters: which of them are parameters (their *roles*).
-        channels_lead: whether axis 0 of every parameter is axis 1 of the output, entry by entry.
+        inputs: which arguments have samples on the first axis; the operands are built from some samples of them.
     """
 
     arguments: tuple[str, ...] = ("input", "weight", "bias")
+    inputs: tuple[str, ...] = ("input",)
     parameters: tuple[str, ...] = ("weight", "bias")
-    channels_lead: bool = False
 
     def accepts(self, arguments: Arguments) -> bool:
         """Whether a call with these arguments is covered; otherwise its parameters go the dense way."""
         return True
+
+    def channels_lead(self, output: torch.Size) -> bool:
+        """Whether axis 0 of every parameter is axis 1 of an output of this shape, entry by entry."""
+        return False
 
     @abstractmethod
     def left(self, role: str, arguments: Arguments, delta: Tensor) -> Tensor:
@@ -82,7 +86,10 @@ class Layer(ABC):
 
     @abstractmethod
     def right(self, role: str, arguments: Arguments, x: Tensor) -> Tensor | None:
-        """Right operand ``[g, n, s, i]`` from the input ``x [n, ...]``; ``None`` for ones."""
+        """Right operand ``[g, n, s, i]`` from the input ``x [n, ...]``; ``None`` for ones.
+
+        ``arguments`` holds the same samples of the other ``inputs``.
+        """
 
     def unfold(self, role: str, result: Tensor, shape: torch.Size) -> Tensor:
         """Bring ``result [..., g, o, i]`` into the parameter's ``shape``."""
@@ -96,7 +103,11 @@ class Layer(ABC):
 class Linear(Layer):
     """``y = x Wᵀ + b``: s runs over all axes between the sample and the feature."""
 
-    channels_lead = True
+    def accepts(self, arguments):
+        return arguments["input"].dim() > 1  # not the unbatched form
+
+    def channels_lead(self, output):
+        return len(output) == 2
 
     def left(self, role, arguments, delta):
         q, n, *_, o = delta.shape
@@ -140,11 +151,13 @@ def windows(
 class Conv(Layer):
     """Convolution in any number of dimensions: windows of the input against the output's cotangent."""
 
-    channels_lead = True
-    arguments = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    arguments: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
     def accepts(self, arguments):
         return arguments["input"].dim() == arguments["weight"].dim()  # not the unbatched form
+
+    def channels_lead(self, output):
+        return True
 
     def _geometry(self, arguments: Arguments) -> tuple:
         kernel = tuple(arguments["weight"].shape[2:])
@@ -179,8 +192,10 @@ class Conv(Layer):
 class ConvTranspose(Conv):
     """Transposed convolution: windows of the output's cotangent against the input."""
 
-    channels_lead = False
     arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+    def channels_lead(self, output):
+        return False
 
     def left(self, role, arguments, delta):
         if role == "bias":
@@ -229,6 +244,9 @@ class LayerNorm(Affine):
     """Layer normalisation: features are the trailing axes."""
 
     arguments = ("input", "normalized_shape", "weight", "bias", "eps")
+
+    def accepts(self, arguments):
+        return arguments["input"].dim() > len(arguments["normalized_shape"])  # not over the samples
 
     def normalised(self, arguments, x):
         return nnf.layer_norm(x, arguments["normalized_shape"], eps=arguments.get("eps", 1e-5))
@@ -290,7 +308,8 @@ class Embedding(Layer):
     parameters = ("weight",)
 
     def accepts(self, arguments):
-        return arguments.get("max_norm") is None and not arguments.get("scale_grad_by_freq")
+        plain = arguments.get("max_norm") is None and not arguments.get("scale_grad_by_freq")
+        return plain and arguments["input"].dim() > 0
 
     def left(self, role, arguments, delta):
         return rearrange(delta.reshape(*delta.shape[:2], -1, delta.shape[-1]), "q n s o -> q n 1 o s")

@@ -13,6 +13,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -112,13 +113,14 @@ class CrossEntropy(Loss):
                 f"{tuple(target.shape)}; expected {expected}. Reshape the target."
             )
 
-    def _coefficients(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+    def _coefficients(self, loss: Any, output: Tensor, target: Tensor) -> Tensor:
         """Q of each position, ``[n, *t, e]``, reduction included."""
         classes, eps = output.shape[1], loss.label_smoothing
         weight = output.new_ones(classes) if loss.weight is None else loss.weight
         if target.is_floating_point():
             soft = torch.movedim(target, 1, -1) * (1 - eps) + eps / classes
-            q, total = soft * weight, output.numel() / classes
+            q = soft * weight
+            total: Tensor | float = output.numel() / classes
         else:
             counts = target != loss.ignore_index
             hot = nnf.one_hot(torch.where(counts, target, 0), classes).to(output.dtype)
@@ -197,7 +199,7 @@ class SquaredError(_Elementwise):
 class BinaryCrossEntropy(_Elementwise):
     """``-w (v y log σ + (1 - y) log(1 - σ))``, v = pos_weight; H = w (v y + 1 - y) σ (1 - σ)."""
 
-    def _scale(self, loss: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def _scale(self, loss: Any, output: Tensor, target: Tensor) -> tuple[Tensor | float, Tensor | float]:
         weight = _reduction_scale(loss, output) * (1.0 if loss.weight is None else loss.weight)
         return weight, (1.0 if loss.pos_weight is None else loss.pos_weight)
 

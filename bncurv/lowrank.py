@@ -7,7 +7,7 @@ the smaller of the two is decomposed. With cross-entropy its rank is at most N (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class LowRank:
     def _small(self) -> Tensor:
         """The smaller of V Vᵀ and Vᵀ V."""
         if self.components <= self.dim:
-            return sum(_flat(r) @ _flat(r).T for r in self._rows.values())
+            return reduce(torch.add, (_flat(r) @ _flat(r).T for r in self._rows.values()))
         V = torch.cat([_flat(r) for r in self._rows.values()], 1)
         return V.T @ V
 
@@ -184,8 +184,8 @@ class LowRank:
             generator: source of randomness, on the CPU.
 
         Returns:
-            Nodes and weights ``[probes * steps]``: the density is Σ_i weight_i δ(λ - node_i), the weights sum to one, and
-            D Σ_i weight_i f(node_i) estimates tr f(G) without bias in the limit of many steps.
+            Nodes and weights ``[probes * steps]``: the density is Σ_i weight_i δ(λ - node_i), the weights sum to one,
+            and D Σ_i weight_i f(node_i) estimates tr f(G) without bias in the limit of many steps.
         """
         nodes, weights = zip(*(self._quadrature(steps, generator) for _ in range(probes)), strict=True)
         return torch.cat(nodes), torch.cat(weights) / probes
@@ -303,5 +303,6 @@ def _flat(rows: Tensor) -> Tensor:
 
 
 def positive(damping: float) -> None:
+    """Raise ValueError unless the damping is positive."""
     if not damping > 0:
         raise ValueError(f"damping={damping}; expected a positive number, since G itself is singular.")

@@ -26,8 +26,9 @@ class LowRankGGN(Quantity):
         groups: ``None``: one GGN of all parameters. ``"layer"``: one per module. A mapping: one per named group of
             parameter names. With groups the result is a dict ``{group: LowRank}``, all from one pass.
         memory: most bytes for V (N·C·D numbers, all mini-batches together).
-        matrix_free: with ``top``: ``True`` works through the network's graph instead of V (`MatrixFreeGGN`), ``None`` does
-            so where V exceeds ``memory``. For `curvature` only: in BackPACK's gesture the graph is gone after ``backward()``.
+        matrix_free: with ``top``: ``True`` works through the network's graph instead of V (`MatrixFreeGGN`), ``None``
+            does so where V exceeds ``memory``. For `curvature` only: in BackPACK's gesture the graph is gone after
+            ``backward()``.
     """
 
     field = "ggn"
@@ -105,6 +106,7 @@ class LowRankGGN(Quantity):
         count, (rows, gradients) = len(batches), zip(*(b[self.field] for b in batches), strict=True)
         mean = {n: torch.cat([g[n] for g in gradients]) / count for n in gradients[0]}
         if isinstance(rows[0], BatchOperator):
+            assert self.top is not None  # matrix-free only with top
             return {self.field: MatrixFreeGGN(list(rows), mean, self.top)}
         scaled = {n: torch.cat([r[n] for r in rows]) * count**-0.5 for n in rows[0]} if count > 1 else rows[0]
         return {self.field: self._assemble(scaled, mean)}
@@ -131,8 +133,8 @@ class LowRankGGN(Quantity):
         """Keep the result on this object."""
         if isinstance(fields[self.field][0], BatchOperator):
             raise ValueError(
-                "LowRankGGN(matrix_free=True) needs the network's graph, which backward() frees; use bncurv.curvature(...), "
-                "or matrix_free=False inside 'with backpack(...)'."
+                "LowRankGGN(matrix_free=True) needs the network's graph, which backward() frees; use "
+                "bncurv.curvature(...), or matrix_free=False inside 'with backpack(...)'."
             )
         self._result = self.merge([fields])[self.field]
 

@@ -53,8 +53,8 @@ class MatrixFreeGGN(LowRank):
     """The leading eigenpairs of G, and G itself through the network: `LowRank` with ``matrix_free=True``.
 
     Products (``@``, ``to_scipy``), ``solve`` (conjugate gradients) and `density` (stochastic Lanczos) use the whole G;
-    eigenvalues, eigenvectors, slopes, curvatures and Newton steps along directions its ``top`` leading part. What needs the
-    whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
+    eigenvalues, eigenvectors, slopes, curvatures and Newton steps along directions its ``top`` leading part. What needs
+    the whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
 
     Args:
         operators: one per mini-batch; G is their mean.

@@ -27,6 +27,16 @@ MODEL = "bncurv.model"
 _TRAIN = BatchNormTrain()
 
 
+def metadata(node: Node) -> dict[str, Any]:
+    """The notes that a graph node carries (torch's stubs take this attribute for a method)."""
+    notes: Any = node.metadata
+    return notes
+
+
+def _edges_below(node: Node) -> list[GradientEdge]:
+    return [GradientEdge(below, output_nr) for below, output_nr in node.next_functions if below is not None]
+
+
 @dataclass(eq=False)
 class Call:
     """One use of a table layer: the input it saw and the parameters it used."""
@@ -35,7 +45,7 @@ class Call:
     name: str
     arguments: dict[str, Any]
     output: torch.Size
-    version: int
+    versions: list[int]
     below: list[GradientEdge]
 
     @property
@@ -48,14 +58,21 @@ class Call:
 
     def right(self, role: str, rows: slice = slice(None)) -> Tensor | None:
         """Right operand of a parameter product for some ``rows`` of the input."""
-        x = self.arguments["input"]
-        if x._version != self.version:
+        inputs = {key: self.arguments[key] for key in self.layer.inputs}
+        if [x._version for x in inputs.values()] != self.versions:
             raise RuntimeError(
                 f"The input of layer '{self.name}' was modified in place after the layer had used it, so its "
                 "gradient cannot be computed. Replace the in-place operation after this layer by its "
                 "out-of-place form."
             )
-        return self.layer.right(role, self.arguments, x.detach()[rows])
+        sliced = {key: x.detach()[rows] for key, x in inputs.items()}
+        return self.layer.right(role, self.arguments | sliced, sliced["input"])
+
+
+def _checkpointing() -> bool:
+    """Whether the call runs inside ``torch.utils.checkpoint``, whose second run must save the same tensors."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 class Mark(NamedTuple):
@@ -106,7 +123,7 @@ class Recorder(TorchFunctionMode):
         name = self._stack.pop()
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and first.grad_fn is not None:
-            first.grad_fn.metadata.setdefault("bncurv.module", (name, first.shape, first.output_nr))
+            metadata(first.grad_fn).setdefault("bncurv.module", (name, first.shape, first.output_nr))
         return output if pair is not None else None
 
     def _couple(self, module: nn.Module, x: Tensor, expected: Tensor) -> Tensor:
@@ -123,9 +140,9 @@ class Recorder(TorchFunctionMode):
                 "given to bncurv.register_coupled."
             )
         if coupling is not None:
-            node = copies.grad_fn
-            below = tuple(GradientEdge(*e) for e in node.next_functions if e[0] is not None)
-            node.metadata[_MARK] = Mark(coupling=coupling, output_nr=copies.output_nr, rows=len(copies), below=below)
+            node = get_gradient_edge(copies).node
+            mark = Mark(None, coupling, copies.output_nr, len(copies), tuple(_edges_below(node)))
+            metadata(node)[_MARK] = mark
         return y
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -133,7 +150,7 @@ class Recorder(TorchFunctionMode):
         if layer is None or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **(kwargs or {})}
-        if func is nnf.batch_norm and arguments.get("training", False):
+        if func is nnf.batch_norm and arguments.get("training", False) and not _checkpointing():
             return self._batch_norm(arguments)
         output = func(*args, **(kwargs or {}))
         if layer.accepts(arguments):
@@ -150,7 +167,8 @@ class Recorder(TorchFunctionMode):
         if not fused:
             axes = (1, -1) + (1,) * (x.dim() - 2)
             for role, combine in (("weight", torch.mul), ("bias", torch.add)):
-                y = y if affine[role] is None else combine(y, affine[role].view(axes))
+                p = affine[role]
+                y = y if p is None else combine(y, p.view(axes))
         return y
 
     def _mark(self, output: Tensor, layer: Layer, arguments: dict[str, Any], coupling: Coupling | None = None) -> None:
@@ -158,10 +176,11 @@ class Recorder(TorchFunctionMode):
         learnt = [p for p in given if p is not None and p.requires_grad]
         if output.grad_fn is None or not (learnt or coupling) or not all(p.is_leaf for p in learnt):
             return
-        x = arguments["input"]
-        below = [get_gradient_edge(x)] if x.requires_grad else []
-        call = Call(layer, self._stack[-1], arguments, output.shape, x._version, below) if learnt else None
-        output.grad_fn.metadata[_MARK] = Mark(call, coupling, output.output_nr, len(output), tuple(below))
+        inputs = [arguments[key] for key in layer.inputs]
+        below = [get_gradient_edge(x) for x in inputs if x.requires_grad]
+        versions = [x._version for x in inputs]
+        call = Call(layer, self._stack[-1], arguments, output.shape, versions, below) if learnt else None
+        metadata(output.grad_fn)[_MARK] = Mark(call, coupling, output.output_nr, len(output), tuple(below))
 
 
 @dataclass
@@ -176,6 +195,18 @@ class Site:
     mark: Mark
     edge: GradientEdge
     upstream: int
+
+    @property
+    def call(self) -> Call:
+        """The table call of a site that has one (see ``mark.call``)."""
+        assert self.mark.call is not None
+        return self.mark.call
+
+    @property
+    def coupling(self) -> Coupling:
+        """The coupling of a site that has one (see ``mark.coupling``)."""
+        assert self.mark.coupling is not None
+        return self.mark.coupling
 
 
 @dataclass
@@ -198,15 +229,15 @@ def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
         What the forward pass left, in forward order.
     """
     ids = {id(p) for p in wanted}
-    found = Trace()
+    found = Trace(loose=[output] if id(output) in ids else [])
     reach: dict[Node, int] = {}  # node → bit set of the sites at or before it
     stack: list[tuple[Node, bool]] = [(output.grad_fn, False)] if output.grad_fn is not None else []
     while stack:
         node, children_done = stack.pop()
         if node in reach:
             continue
-        mark: Mark | None = node.metadata.get(_MARK)
-        edges = mark.below if mark else [GradientEdge(*e) for e in node.next_functions if e[0] is not None]
+        mark: Mark | None = metadata(node).get(_MARK)
+        edges = mark.below if mark else _edges_below(node)
         if not children_done:
             stack.append((node, True))
             stack.extend((e.node, False) for e in edges if e.node not in reach)
@@ -218,7 +249,7 @@ def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
             found.sites.append(Site(mark, GradientEdge(node, mark.output_nr), upstream))
             upstream |= 1 << (len(found.sites) - 1)
         reach[node] = upstream
-        module = node.metadata.get("bncurv.module")
+        module = metadata(node).get("bncurv.module")
         if module:
             found.modules.append((module[0], module[1], GradientEdge(node, module[2])))
         variable = getattr(node, "variable", None)
@@ -237,7 +268,7 @@ def models_behind(output: Tensor) -> list[nn.Module]:
         if node in seen:
             continue
         seen.add(node)
-        reference = node.metadata.get(MODEL)
+        reference = metadata(node).get(MODEL)
         model = reference() if reference else None
         if model is not None and model not in found:
             found.append(model)

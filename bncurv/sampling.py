@@ -1,8 +1,9 @@
 """Monte-Carlo quantities: random columns s̃ with E[s̃ s̃ᵀ] = ∇²_F L instead of the exact factor.
 
 Two kinds of draw. ``"rademacher"``: random signs on the columns of the exact factor. ``"labels"``: the gradient's
-deviation for labels drawn from the model's own predictive distribution (BackPACK's kind). Both are unbiased; signs have
-the smaller variance, Var[(Σ_k ε_k v_k)²] = 2 (Σ v_k²)² - 2 Σ v_k⁴, the least of all independent weights of unit variance.
+deviation for labels drawn from the model's own predictive distribution (BackPACK's kind). Both are unbiased; signs
+have the smaller variance, Var[(Σ_k ε_k v_k)²] = 2 (Σ v_k²)² - 2 Σ v_k⁴, the least of all independent weights of unit
+variance.
 
 Whole-batch draws are summed over samples *before* they are pulled back and squared after: with batch coupling each
 sample's draw reaches all samples, and squaring per sample (as without BatchNorm) would be biased.

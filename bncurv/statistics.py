@@ -221,7 +221,7 @@ def couple(
     name: str,
     gates: Gates,
 ) -> tuple[Tensor, Tensor, Coupling | None]:
-    """The general pair: ``y = apply(x, copies)`` with one gated copy of ``stats(x)`` per sample; y, copies, coupling."""
+    """General pair: ``y = apply(x, copies)`` with one gated copy of ``stats(x)`` per sample; y, copies, coupling."""
     statistics = stats(x)
     gated = _Gate.apply(statistics, gates)
     handle = gated.expand(x.shape[0], *statistics.shape)

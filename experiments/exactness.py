@@ -142,7 +142,7 @@ def tables(quick: bool) -> str:
     """Both tables with their captions."""
     parts = [
         "Largest relative error against the dense oracle, float64 "
-        "(coupled / dense way; a tensor that is zero by symmetry is measured by the largest entry):",
+        "(coupled / dense way; tensors that are zero by symmetry: relative to the largest entry):",
         "",
         *exactness_table(quick),
         "",

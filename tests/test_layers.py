@@ -1,5 +1,6 @@
 """Every row of the table of parameter products against autograd on that layer alone."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -196,7 +197,17 @@ def in_float64(float64: None) -> None:
     pass
 
 
-def by_autograd(module: nn.Module, p: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+def assert_product(seen: Seen, role: str, delta: Tensor, want: Tensor) -> None:
+    """Per sample, and summed over the samples."""
+    row, arguments, shape = seen.row, seen.arguments, want.shape[2:]
+    right = row.right(role, arguments, arguments["input"].detach())
+    product = Product(row.left(role, arguments, delta), right)
+    per_sample, summed = product.per_sample(), product.summed()
+    torch.testing.assert_close(row.unfold(role, per_sample, shape).detach(), want)
+    torch.testing.assert_close(row.unfold(role, summed, shape).detach(), want.sum(0))
+
+
+def by_autograd(p: Tensor, y: Tensor, delta: Tensor) -> Tensor:
     """``[n, q, *p]``: one ordinary backward pass per sample and cotangent."""
 
     def row(n: int, q: int) -> Tensor:
@@ -218,13 +229,7 @@ def test_products(one: OneLayer) -> None:
     assert len(roles) == len(parameters) > 0
     for role in roles:
         p = seen.arguments[role]
-        build = getattr(seen.row, role)
-        product = build(seen.arguments, seen.arguments["input"].detach(), delta)
-        want = by_autograd(module, p, y, delta)
-        got = seen.row.unfold(product.per_sample(), p.shape)
-        torch.testing.assert_close(got.detach(), want)
-        got = seen.row.unfold(product.summed(), p.shape)
-        torch.testing.assert_close(got.detach(), want.sum(0))
+        assert_product(seen, role, delta, by_autograd(p, y, delta))
 
 
 def test_every_row_is_covered() -> None:
@@ -245,13 +250,10 @@ def test_train_mode_batch_norm(shape: tuple[int, ...]) -> None:
     mean, invstd = torch.randn(4), torch.rand(4) + 0.5
     hat = (x - mean.view(axes)) * invstd.view(axes)
     y = hat * weight.view(axes) + bias.view(axes)
-    delta, row = torch.randn(Q, *shape), BatchNormTrain()
-    arguments = {"input": x, "mean": mean, "invstd": invstd}
+    delta = torch.randn(Q, *shape)
+    seen = Seen(BatchNormTrain(), {"input": x, "mean": mean, "invstd": invstd})
     for role, p in (("weight", weight), ("bias", bias)):
-        product: Product = getattr(row, role)(arguments, x, delta)
-        want = by_autograd(nn.Identity(), p, y, delta)
-        torch.testing.assert_close(row.unfold(product.per_sample(), p.shape), want)
-        torch.testing.assert_close(row.unfold(product.summed(), p.shape), want.sum(0))
+        assert_product(seen, role, delta, by_autograd(p, y, delta))
 
 
 def call_of(function: Callable[[], Any]) -> Seen:
@@ -295,10 +297,8 @@ def test_windows(size: Any, kernel: Any, stride: Any, padding: Any, dilation: An
     full = F.pad(x, [p for pair in reversed(padding) for p in pair])
     dims = len(size)
     assert seen.shape[: 2 + dims] == (2, 3, *kernel)
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in seen.shape[2:])).view(
-        -1, 2 * dims
-    ):
-        k, position = index[:dims].tolist(), index[dims:].tolist()
+    for index in itertools.product(*(range(n) for n in seen.shape[2:])):
+        k, position = index[:dims], index[dims:]
         at = [s * o + d * i for s, o, d, i in zip(stride, position, dilation, k, strict=True)]
         assert torch.equal(seen[(..., *k, *position)], full[(..., *at)])
 
@@ -312,15 +312,12 @@ class Bilinear(Layer):
     arguments = ("input", "other", "weight", "bias")
     inputs = ("input", "other")
 
-    def weight(self, arguments: dict[str, Any], x: Tensor, delta: Tensor) -> Product:
+    def right(self, role: str, arguments: dict[str, Any], x: Tensor) -> Tensor | None:
         outer = torch.einsum("n...i,n...j->n...ij", x, arguments["other"]).flatten(-2)
         right = outer.reshape(len(x), -1, outer.shape[-1])
-        return Product(self._left(delta), rearrange(right, "n s i -> n 1 i s"))
+        return rearrange(right, "n s i -> 1 n s i") if role == "weight" else None
 
-    def bias(self, arguments: dict[str, Any], x: Tensor, delta: Tensor) -> Product:
-        return Product(self._left(delta), None)
-
-    def _left(self, delta: Tensor) -> Tensor:
+    def left(self, role: str, arguments: dict[str, Any], delta: Tensor) -> Tensor:
         q, n, *_, o = delta.shape
         return rearrange(delta.reshape(q, n, -1, o), "q n s o -> q n 1 o s")
 
@@ -362,9 +359,7 @@ def same_twice() -> nn.Module:
     return Net(forward, first=nn.Linear(4, 3), bn=nn.BatchNorm1d(3), mix=nn.Bilinear(3, 3, 3))
 
 
-BILINEAR = [
-    case(f.__name__, f, labelled(6, 4)) for f in (first_from_input, both_learnt, same_twice)
-]
+BILINEAR = [case(f.__name__, f, labelled(6, 4)) for f in (first_from_input, both_learnt, same_twice)]
 
 
 @pytest.mark.parametrize("method", ["coupled", "dense", "auto"])
@@ -508,6 +503,56 @@ def batch_as_channels() -> nn.Module:
     )
 
 
+def then_bn_over(*axes: int) -> Callable[[], nn.Module]:
+    """The features of a Linear are the last axis, the channels of the BN behind it are axis 1."""
+    bn = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[len(axes)]
+    features = 4 * torch.Size(axes).numel()
+    return lambda: nn.Sequential(*(nn.Linear(3, 4), bn(axes[0]), nn.Tanh(), nn.Flatten(), nn.Linear(features, 3)))
+
+
+def bn_straight_away() -> nn.Module:
+    """Channels of a Linear become the time axis of the output."""
+    return Net(
+        lambda net, x: net.bn(net.first(x)).transpose(1, 2),
+        first=nn.Linear(3, 3),
+        bn=nn.BatchNorm1d(3),
+    )
+
+
+def layer_before_bn_used_twice() -> nn.Module:
+    """One convolution, directly below two BNs and on a shortcut."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        first = net.conv(x)
+        second = net.conv(net.bn1(first).tanh())
+        return net.out((net.bn2(second) + net.bn3(second) * first).mean((2, 3)))
+
+    return Net(
+        forward,
+        conv=nn.Conv2d(2, 2, 3, padding=1),
+        bn1=nn.BatchNorm2d(2),
+        bn2=nn.BatchNorm2d(2),
+        bn3=nn.BatchNorm2d(2),
+        out=nn.Linear(2, 3),
+    )
+
+
+def bn_on_bn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.BatchNorm1d(5, affine=False), nn.BatchNorm1d(5)),
+        *(nn.Tanh(), nn.Linear(5, 3)),
+    )
+
+
+def scaled_in_place_before_bn() -> nn.Module:
+    return Net(
+        lambda net, x: net.out(net.bn(net.first(x).mul_(0.5).add_(1.0)).tanh()),
+        first=nn.Linear(4, 5),
+        bn=nn.BatchNorm1d(5),
+        out=nn.Linear(5, 3),
+    )
+
+
 VECTORS, SEQUENCES = labelled(6, 4), labelled(6, 6, 4)
 TRAPS = [
     case("latent", latent(), VECTORS),
@@ -518,8 +563,14 @@ TRAPS = [
             *(first_sample_for_all, constant_token, constant_tokens, norm_over_samples),
             *(output_is_a_parameter, output_is_an_expanded_parameter, sub_batches),
             *(two_views, interleaved_views, batch_as_channels),
+            *(bn_on_bn, scaled_in_place_before_bn),
         )
     ),
+    case("linear_then_bn_over_time", then_bn_over(4), labelled(6, 4, 3)),
+    case("linear_then_bn_over_other_time", then_bn_over(5), labelled(6, 5, 3)),
+    case("linear_then_bn_over_rows", then_bn_over(4, 2), labelled(6, 4, 2, 3)),
+    case("bn_straight_away", bn_straight_away, labelled(6, 3, 3, extra=(3,))),
+    case("layer_before_bn_used_twice", layer_before_bn_used_twice, labelled(5, 2, 4, 4)),
     case("time_first", time_first, SEQUENCES),
 ]
 

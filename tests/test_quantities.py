@@ -1,4 +1,4 @@
-"""All other quantities against the oracle's Jacobian on the model cases, and against BackPACK where there is no coupling."""
+"""All other quantities against the oracle's Jacobian on the model cases, and BackPACK where there is no coupling."""
 
 import warnings
 

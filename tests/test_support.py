@@ -1,4 +1,4 @@
-"""What the README's support table and limits say beyond `test_exact.py`: wrappers, fallbacks, traps."""
+"""What the README says of wrappers, fallbacks and limits, beyond `test_exact.py`."""
 
 import warnings
 

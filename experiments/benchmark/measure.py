@@ -136,8 +136,12 @@ def summarise(entries: list[Entry], cell: Cell) -> list[Row]:
     rows = [skipped_row(cell, e) if e.skipped else finished_row(cell, e) for e in entries]
     if job.name == "mc" and (exact := exact_diagonal(problem, entries, share)) is not None:
         for row, entry in zip(rows, entries, strict=True):
-            if not entry.skipped and entry.columns is None:
+            if entry.skipped or entry.columns is not None:
+                continue
+            if entry.competitor.kind == "floor":  # estimates another matrix: the peers' error
+                row["error"] = rows[0].get("error")
+            else:
                 row["error"] = mean_error(entry, problem, exact, share)
-                row["reference"] = "exact diagonal"
-                row["seconds_at_target"] = row["seconds"] * (row["error"] / MC_TARGET) ** 2
+            row["reference"] = "exact diagonal"
+            row["seconds_at_target"] = row["seconds"] * ((row["error"] or 0) / MC_TARGET) ** 2
     return rows

@@ -31,7 +31,8 @@ from report import environment  # noqa: E402
 QUICK: dict[str, Any] = {
     "nets": ["mlp", "cnn"],
     "sizes": [32],
-    "budget": 15.0,
+    "budget": 8.0,
+    "patience": 2.0,
     "repeats": 3,
     "chunks": [16, 64],
     "min_time": 0.02,
@@ -40,6 +41,7 @@ FULL: dict[str, Any] = {
     "nets": ["mlp", "cnn", "vgg"],
     "sizes": [32, 64, 128, 256, 512, 1024],
     "budget": 120.0,
+    "patience": 60.0,
     "repeats": 7,
     "chunks": [4, 8, 16, 32, 64, 128, 256, 512],
     "min_time": 0.1,
@@ -51,14 +53,14 @@ def parse() -> argparse.Namespace:
     words, numbers = (lambda s: s.split(",")), (lambda s: [int(x) for x in s.split(",")])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="a small grid, about a minute")
+    parser.add_argument("--quick", action="store_true", help="a small grid, one or two minutes")
     parser.add_argument("--jobs", type=words, default=list(JOBS), help=",".join(JOBS))
     parser.add_argument("--nets", type=words, help=",".join(NETWORKS))
     parser.add_argument("--sizes", type=numbers, help="batch sizes N")
     parser.add_argument("--chunks", type=numbers, help="chunk sizes to try")
     parser.add_argument("--repeats", type=int, help="quiet samples wanted per competitor")
     parser.add_argument("--budget", type=float, help="seconds per cell, all competitors together")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds of waiting per cell")
+    parser.add_argument("--patience", type=float, help="seconds of waiting per cell")
     parser.add_argument("--min-time", type=float, help="seconds per sample at least")
     parser.add_argument("--only", type=words, default=[], help="parts of competitor names")
     parser.add_argument("--factor", default="c-1", choices=("c", "c-1"), help="columns per sample")

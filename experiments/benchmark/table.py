@@ -62,7 +62,9 @@ def rate(row: Row | None) -> str:
 def ratio(peer: Row | None, mine: Row | None) -> str:
     """How many times faster ours is."""
     theirs, own = (None if row is None else clock(row) for row in (peer, mine))
-    return f"**{theirs / own:.1f}×**" if theirs and own else "–"
+    if not theirs or not own:
+        return "–"
+    return f"**{theirs / own:.{1 if theirs > own else 2}f}×**"
 
 
 def summary(cells: list[list[Row]]) -> str:

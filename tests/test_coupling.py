@@ -1,0 +1,110 @@
+"""What coupling contributes: the report, and truncation of its directions with an honest error."""
+
+import copy
+
+import pytest
+import torch
+from backpack import backpack
+from cases import ARCHITECTURES, MODELS
+from torch import nn
+
+import bncurv
+from bncurv import CouplingReport, DiagGGNExact, SqrtGGNExact, curvature, reference
+
+SOME = [c for c in [*MODELS, *ARCHITECTURES] if c.name in ("residual_cnn", "two_bns", "resnet", "densenet", "block_twice")]
+
+
+def frozen(model, X):
+    """The same network with its batch statistics of ``X`` held constant: eval-mode BatchNorms with those statistics."""
+    held, seen = copy.deepcopy(model), {}
+
+    def note(module, args):
+        x = args[0]
+        axes = [0, *range(2, x.dim())]
+        seen[module] = x.mean(axes), x.var(axes, correction=0)
+
+    layers = [m for m in held.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    handles = [m.register_forward_pre_hook(note) for m in layers]
+    held(X)
+    for handle in handles:
+        handle.remove()
+    for module, (mean, var) in seen.items():
+        module.running_mean, module.running_var = mean.detach(), var.detach()
+        module.eval()
+    return held
+
+
+@pytest.mark.parametrize("case", [c for c in SOME if c.name != "block_twice"], ids=str)
+def test_report_is_frozen_and_full_trace(case):
+    model, loss_fn, X, y = case.build()
+    report = curvature(model, loss_fn, (X, y), CouplingReport()).coupling
+    full = reference.ggn_diagonal(model, loss_fn, X, y)
+    own = reference.ggn_diagonal(frozen(model, X), loss_fn, X, y)
+    for layer, entry in report.items():
+        names = [n for n in full if n.rpartition(".")[0] == layer]
+        assert entry.full_trace == pytest.approx(float(sum(full[n].sum() for n in names)), rel=1e-9)
+        assert entry.own_trace == pytest.approx(float(sum(own[n].sum() for n in names)), rel=1e-9)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_singular_values_are_those_of_the_correction(case):
+    model, loss_fn, X, y = case.build()
+    res = curvature(model, loss_fn, (X, y), CouplingReport(), SqrtGGNExact(), method="coupled")
+    held = frozen(model, X) if case.name != "block_twice" else None
+    for layer, entry in res.coupling.items():
+        values = entry.singular_values
+        assert len(values) == entry.directions
+        assert bool((values.diff() <= 1e-12 * values.max()).all()) if len(values) else True
+    if held is None:
+        return
+    own = curvature(held, loss_fn, (X, y), SqrtGGNExact(), method="coupled").sqrt_ggn_exact
+    for layer, entry in res.coupling.items():
+        names = [n for n in own if n.rpartition(".")[0] == layer]
+        gap = torch.cat([(res.sqrt_ggn_exact[n] - own[n]).flatten(0, 1).flatten(1) for n in names], 1)
+        want = torch.linalg.svdvals(gap)[: len(entry.singular_values)]
+        assert torch.allclose(entry.singular_values[: len(want)], want, rtol=1e-6, atol=1e-7 * float(gap.norm() + 1e-9))
+
+
+def test_report_in_the_context():
+    model, loss_fn, X, y = SOME[0].build()
+    report = CouplingReport()
+    bncurv.extend(model), bncurv.extend(loss_fn)
+    with backpack(report):
+        loss_fn(model(X), y).backward()
+    direct = curvature(model, loss_fn, (X, y), CouplingReport()).coupling
+    assert {k: v.full_trace for k, v in report.result.items()} == pytest.approx({k: v.full_trace for k, v in direct.items()})
+
+
+def trained_resnet():
+    """A small residual network after a few steps on random classes: couplings with a decaying spectrum."""
+    torch.manual_seed(0)
+    case = next(c for c in ARCHITECTURES if c.name == "resnet")
+    model, loss_fn, _, _ = case.build()
+    X, y = torch.randn(24, *case.build()[2].shape[1:]).double(), torch.randint(3, (24,))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss_fn(model(X), y).backward()
+        optimiser.step()
+    return model, loss_fn, X, y
+
+
+@pytest.mark.parametrize("tol", [0.3, 0.1, 0.01, 1e-3])
+def test_tol(tol):
+    model, loss_fn, X, y = trained_resnet()
+    exact = curvature(model, loss_fn, (X, y), SqrtGGNExact(), DiagGGNExact(), method="coupled")
+    rough = curvature(model, loss_fn, (X, y), SqrtGGNExact(), DiagGGNExact(), method="coupled", tol=tol)
+    made = {n: float((rough.sqrt_ggn_exact[n] - t).norm()) for n, t in exact.sqrt_ggn_exact.items()}
+    total = sum(e**2 for e in made.values()) ** 0.5
+    claimed = sum(e**2 for e in rough.error.values()) ** 0.5
+    assert total > 0 and 0.5 < claimed / total < 2
+    norm = sum(float(t.square().sum()) for t in exact.sqrt_ggn_exact.values()) ** 0.5
+    assert total / norm < 3 * tol
+    for name, diagonal in exact.diag_ggn_exact.items():
+        bound = 2 * float(diagonal.sum()) ** 0.5 * made[name] + made[name] ** 2
+        assert float((rough.diag_ggn_exact[name] - diagonal).abs().sum()) <= bound * (1 + 1e-9) + 1e-12
+
+
+def test_zero_tol_is_exact_and_has_no_error():
+    model, loss_fn, X, y = trained_resnet()
+    assert curvature(model, loss_fn, (X, y), DiagGGNExact(), method="coupled").error == {}
