@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bncurv.engine import Engine, Mixed
-from bncurv.foreign import backpack_set_aside
+from bncurv.foreign import set_aside
 from bncurv.losses import LossAtBatch, evaluate, find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
@@ -155,7 +155,7 @@ def curvature(
     batches: list[dict[str, Any]] = []
     passes, way, error = 0, "", {}
     bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
-    with torch.inference_mode(False), backpack_set_aside(), left_as_is(model), bar:
+    with torch.inference_mode(False), set_aside(model.parameters()), left_as_is(model), bar:
         for X, y in _batches(data):
             with torch.enable_grad(), Recorder(model):
                 output = _forward(model, X, y, wanted)
@@ -222,8 +222,7 @@ def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[st
             raise ValueError(f"params names '{name}', which has requires_grad=False; set it to True, or leave it out.")
     if not names:
         raise ValueError(
-            f"{type(model).__name__} has no parameter that requires grad; "
-            "there is nothing to compute curvature for."
+            f"{type(model).__name__} has no parameter that requires grad; there is nothing to compute curvature for."
         )
     return {name: named[name] for name in names}
 
@@ -298,7 +297,7 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> None:
 @contextmanager
 def left_as_is(model: nn.Module) -> Iterator[None]:
     """Restore the model's buffers and the random state on leaving the block, whatever happens."""
-    tables = [(m._buffers, dict(m._buffers)) for m in model.modules()]
+    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     values = [(b, b.clone()) for b in model.buffers()]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=[d.index for d in devices]):

@@ -161,10 +161,11 @@ class Engine:
     def direct(self, j: int) -> int | None:
         """The site whose output is coupling ``j``'s input, entry by entry, if channels lead its parameters' axes."""
         coupling, below = self.trace.sites[j].mark.coupling, self.trace.sites[j].mark.below
+        if not isinstance(coupling, BatchNormCoupling):
+            return None
         for i in self.calls_in(self.trace.sites[j].upstream):
             call, edge = self.trace.sites[i].call, self.trace.sites[i].edge
-            leads = edge.node is below[0].node and call.layer.channels_lead(call.output)
-            if isinstance(coupling, BatchNormCoupling) and leads:
+            if edge.node is below[0].node and call.layer.channels_lead(call.output):
                 return i if edge.output_nr == below[0].output_nr and call.output == coupling.shape else None
         return None
 
@@ -207,7 +208,8 @@ class Engine:
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
         with closed_gates(self.trace.sites):
-            return find_mixing(self.output, self.trace, self.calls_in(-1), self.samples)
+            watched = sorted({*self.calls_in(-1), *self.couplings})
+            return find_mixing(self.output, self.trace, watched, self.samples)
 
     def planned(self, columns: int) -> int:
         """Backward passes that ``columns`` columns per sample will take."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bncurv.api import check_output, check_quantities, compute
-from bncurv.foreign import backpack_set_aside
+from bncurv.foreign import set_aside
 from bncurv.losses import LOSSES, evaluate, find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import MODEL, Recorder, metadata, models_behind
@@ -97,6 +97,7 @@ def _wrap_forward(module: Any) -> None:
     module.forward = functools.partial(_recorded, module)
 
 
+@torch._disable_dynamo  # torch.compile around an extended model runs it eagerly
 def _recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an extended model. Not a pair of hooks: those are left dangling by a KeyboardInterrupt."""
     global _recording
@@ -164,11 +165,15 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     find_loss(loss_fn)
     if g.numel() != 1:
         raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
-    with backpack_set_aside(), torch.enable_grad():
+    hooked = {name for name, p in wanted.items() if p._backward_hooks}
+    with set_aside(wanted.values()), torch.enable_grad():
         at_batch = evaluate(loss_fn, output, target, float(g))
         leaf = output.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_fn.forward(leaf, target), leaf, g)  # in the loss' own dtype, to the bit
-        _expect_gradient(loss_fn, output, gradient, wanted, quantities)
+        unhooked = {
+            name: p for name, p in wanted.items() if name not in hooked
+        }  # others' .grad is what a hook makes of it
+        _expect_gradient(loss_fn, output, gradient, unhooked, quantities)
         with tqdm(disable=True) as bar:
             fields, _ = compute(output, at_batch, wanted, quantities, "auto", None, bar)
     for q in quantities:
@@ -180,6 +185,8 @@ def _expect_gradient(
     loss_fn: nn.Module, output: Tensor, gradient: Tensor, wanted: dict[str, Tensor], quantities: list[Quantity]
 ) -> None:
     """When ``backward()`` ends, ``.grad`` must have grown by this loss' gradient: else the loss was composed."""
+    if not wanted:
+        return
     names = list(wanted)
     before = [(p.grad, None if p.grad is None else p.grad._version) for p in wanted.values()]
     values = [None if p.grad is None else p.grad.clone() for p in wanted.values()]

@@ -146,7 +146,7 @@ class CrossEntropy(Loss):
         p = torch.movedim(output.softmax(1), 1, -1).reshape(q.shape)
         tail = p.flip(-1).cumsum(-1).flip(-1)  # r_{j-1} at index j
         rest = tail[..., 1:]
-        diagonal = (p[..., :-1] * rest / tail[..., :-1]).sqrt().nan_to_num(0.0)
+        diagonal = (p[..., :-1] * (rest / tail[..., :-1])).sqrt().nan_to_num(0.0)
         ratio = (p[..., :, None] / rest[..., None, :]).nan_to_num(0.0, posinf=0.0)
         below = -ratio.tril(-1) * diagonal[..., None, :]
         square = torch.zeros_like(below)
@@ -321,20 +321,38 @@ def evaluate(loss_fn: nn.Module, output: Tensor, target: Tensor, scale: float = 
     wide = target.double() if target.is_floating_point() else target
     with torch.enable_grad():
         leaf = output.detach().double().requires_grad_()
-        (actual,) = torch.autograd.grad(precise.forward(leaf, wide), leaf)  # forward: without anybody's hooks
+        value = precise.forward(leaf, wide)  # forward: without anybody's hooks
+        (actual,) = torch.autograd.grad(value, leaf, create_graph=True)
+        u = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=leaf.dtype).to(leaf.device)
+        Hu = torch.autograd.grad(actual, leaf, u)[0] if actual.requires_grad else torch.zeros_like(u)
     with torch.no_grad():
-        expected = rule.gradient(precise, leaf, wide)
-        if not (actual - expected).norm() <= 1e-8 * (expected.norm() + actual.norm()) + 1e-14:
+        actual = actual.detach()
+        blocks = rule.blocks(precise, leaf, wide)
+        if not bool(blocks.isfinite().all()):
             raise ValueError(
-                f"{type(loss_fn).__name__}: its gradient differs from the formula that bncurv has for this loss "
-                f"(by {(actual - expected).norm() / expected.norm():.1e} relative). Either the class overrides the "
-                "loss' forward, or the loss is undefined at this batch (NaN/inf, or no target that counts). Register "
-                "the loss with bncurv.register_loss, or correct the batch."
+                f"{type(loss_fn).__name__}: its Hessian factor is not finite at this batch. Either the loss is not convex "
+                "in the model's output there or undefined (NaN/inf, no target that counts), or its registered formula is "
+                "wrong. Correct the batch or the formula."
             )
-        blocks = rule.blocks(precise, leaf, wide) * scale**0.5
+        factor = Factor(blocks, output.shape)
+        _compare(loss_fn, "gradient", actual, rule.gradient(precise, leaf, wide), 1e-14)
+        _compare(loss_fn, "Hessian", Hu, factor.hessian_product(u), 1e-14 * float(actual.norm()))
     fixed = leaf.detach()
 
     def labels(draws: int, generator: torch.Generator | None) -> Tensor:
         return (rule.sample(precise, fixed, wide, draws, generator) * scale**0.5).to(output.dtype)
 
-    return LossAtBatch((actual * scale).to(output.dtype), Factor(blocks.to(output.dtype), output.shape), labels)
+    scaled = Factor((blocks * scale**0.5).to(output.dtype), output.shape)
+    return LossAtBatch((actual * scale).to(output.dtype), scaled, labels)
+
+
+def _compare(loss_fn: nn.Module, what: str, actual: Tensor, expected: Tensor, floor: float) -> None:
+    """Raise ValueError unless the loss' own derivative is that of the table's formula."""
+    difference, size = (actual - expected).norm(), actual.norm() + expected.norm()
+    if not difference <= 1e-8 * size + floor:
+        raise ValueError(
+            f"{type(loss_fn).__name__}: its {what} differs from the formula that bncurv has for this loss "
+            f"(by {float(difference / size):.1e} relative). Either the class overrides the loss' forward, or the formula "
+            "registered for it is wrong, or the loss is undefined at this batch (NaN/inf, or no target that counts). "
+            "Register the loss with bncurv.register_loss, or correct the formula or the batch."
+        )

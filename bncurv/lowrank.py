@@ -114,8 +114,9 @@ class LowRank:
 
     @property
     def cutoff(self) -> float:
-        """Eigenvalues below are rounding: max(K, D) · ulp · largest eigenvalue."""
-        return max(self.components, self.dim) * torch.finfo(self.dtype).eps * float(self._values[0].clamp(min=0))
+        """Eigenvalues below are rounding: √max(K, D) · ulp · largest eigenvalue (errors of long sums add up randomly)."""
+        size = max(self.components, self.dim)
+        return size**0.5 * torch.finfo(self.dtype).eps * float(self._values[0].clamp(min=0))
 
     @property
     def rank(self) -> int:
@@ -134,7 +135,7 @@ class LowRank:
         if not 0 < k <= rank:
             raise ValueError(
                 f"{k} eigenvectors asked for, but the GGN has {rank} eigenvalues above the cut-off {self.cutoff:.2e} "
-                f"(max(K, D) x ulp x largest){'' if self._top is None else f' and top={self._top}'}; directions below "
+                f"(sqrt(max(K, D)) x ulp x largest){'' if self._top is None else f' and top={self._top}'}; directions below "
                 f"are rounding noise. Ask for at most {rank}."
             )
         values, vectors = self._decomposition

@@ -76,13 +76,15 @@ class LowRankGGN(Quantity):
                 f"memory={self.memory / 2**30:.1f} GiB. Use LowRankGGN(top=k, matrix_free=True), fewer samples or "
                 "parameters (params=...), or raise memory=."
             )
+        self._weights = None if self._free else gradient_weights(at_batch)
         self._operator = BatchOperator(output, at_batch.factor, parameters) if self._free else None
         sources = super().sources(at_batch, output, parameters)
-        return {key: s for key, s in sources.items() if key == "gradient" or not self._free}
+        left_out = "factor" if self._free else "gradient" if self._weights is not None else ""
+        return {key: s for key, s in sources.items() if key != left_out}
 
     def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
         """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``."""
-        keys = [key for key in self.pulls if key == "gradient" or not self._free]
+        keys = ["gradient"] if self._free else ["factor"] if self._weights is not None else list(self.pulls)
         return {
             key: {
                 n: torch.zeros((samples, columns[key], *p.shape), dtype=p.dtype, device=p.device)
@@ -98,8 +100,12 @@ class LowRankGGN(Quantity):
     def finish(self, state: Any) -> dict[str, Any]:
         """Rows of V (or the operator), and the per-component gradients; `merge` makes the result of them."""
         operator, self._operator = self._operator, None
+        if self._weights is None:
+            gradients = {name: g[:, 0] for name, g in state["gradient"].items()}
+        else:
+            gradients = {name: torch.einsum("nc,nc...->n...", self._weights, v) for name, v in state["factor"].items()}
         rows = operator or {name: v.flatten(0, 1) for name, v in state["factor"].items()}
-        return {self.field: (rows, {name: g[:, 0] for name, g in state["gradient"].items()})}
+        return {self.field: (rows, gradients)}
 
     def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """Mean of GGNs: rows of V concatenated and divided by √B, gradients by B."""
@@ -141,3 +147,19 @@ class LowRankGGN(Quantity):
     def withdraw(self, parameters: Parameters) -> None:
         """Forget it."""
         self._result = None
+
+
+def gradient_weights(at_batch: LossAtBatch) -> Tensor | None:
+    """Weights ``[n, c]`` with ∂L/∂F_n = Σ_c w[n, c] s_(n, c), so that g_n = Σ_c w[n, c] V[(n, c)] needs no pass.
+
+    ``None`` where the gradient is not in the range of the factor (a saturated output in finite precision).
+    """
+    blocks = at_batch.factor.blocks.double()  # [n, t, e, j]
+    n, t, e, _ = blocks.shape
+    gradient = at_batch.gradient.reshape(n, e, t).mT.double()[..., None]
+    if blocks.shape[-1] == 0:
+        return None
+    weights = torch.linalg.pinv(blocks) @ gradient
+    error = (blocks @ weights - gradient).norm()
+    good = error <= 1e3 * torch.finfo(at_batch.gradient.dtype).eps * gradient.norm() and bool(weights.isfinite().all())
+    return weights.reshape(n, -1).to(at_batch.gradient.dtype) if good else None

@@ -43,17 +43,16 @@ def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
         )
     ax = _axes(ax, (7, 4.5))
     values = [float(v) for v in low_rank.eigenvalues]
-    rank, cutoff, largest = len(values), low_rank.cutoff, min(low_rank.components, low_rank.dim)
+    rank, cutoff = len(values), low_rank.cutoff
+    reached = rank == low_rank._top  # there are more eigenvalues, which were not computed
+    last = f"top {rank}" if reached else f"rank {rank} of at most {min(low_rank.components, low_rank.dim)}"
     ax.semilogy(range(1, rank + 1), values, ".", color=BLUE, label="eigenvalues")
-    ax.axvline(rank, color=ORANGE, linewidth=1.5, label=f"rank {rank} of at most {largest}")
+    ax.axvline(rank, color=ORANGE, linewidth=1.5, label=last)
     ax.axhline(cutoff, color=GREY, linestyle="--", label=f"cut-off {cutoff:.1e}: rounding below")
-    leading = min(10, rank)
-    share = sum(values[:leading]) / float(low_rank.trace) if rank else math.nan
-    subject = f"{leading} largest eigenvalues hold" if leading > 1 else "largest eigenvalue holds"
     ax.set(
         xlabel="index, largest eigenvalue first",
         ylabel="eigenvalue of the GGN",
-        title=f"The {subject} {share:.0%} of the trace" if rank else "All eigenvalues are zero",
+        title=_share(low_rank, values),
     )
     ax.grid(alpha=0.3)
     ax.legend()
@@ -114,6 +113,19 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     except ImportError as error:
         raise ImportError("bncurv.plots draws with matplotlib; install it with: pip install bncurv[plots]") from error
     return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def _share(low_rank: LowRank, values: list[float]) -> str:
+    """What part of the trace the leading eigenvalues hold, in words."""
+    if not values:
+        return "All eigenvalues are zero"
+    leading = min(10, len(values))
+    subject = f"{leading} largest eigenvalues" if leading > 1 else "largest eigenvalue"
+    try:
+        share = sum(values[:leading]) / float(low_rank.trace)
+    except NotImplementedError:  # matrix-free: the trace is not known
+        return f"The {subject} of the GGN"
+    return f"The {subject} {'hold' if leading > 1 else 'holds'} {share:.0%} of the trace"
 
 
 def _trace(layer: Any, part: str) -> float:

@@ -8,7 +8,9 @@ Nothing global is kept: the marks live and die with the graph. `trace` walks bac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -69,6 +72,40 @@ class Call:
         return self.layer.right(role, self.arguments | sliced, sliced["input"])
 
 
+def _one_tensor(statistics: Any, module: nn.Module, name: str) -> Tensor:
+    if isinstance(statistics, Tensor):
+        return statistics
+    raise TypeError(
+        f"The pair registered for {type(module).__name__}, called as module '{name}': stats returned "
+        f"{type(statistics).__name__}; expected one tensor [*s] (stack several into one)."
+    )
+
+
+def _check_pair(name: str, kind: str, x: Tensor, expected: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless a registered pair reproduces its module, in value and in derivative."""
+    if y.shape != expected.shape:
+        problem = f"output's shape ({tuple(y.shape)} instead of {tuple(expected.shape)})"
+    else:
+        u = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        pulled = [
+            torch.autograd.grad(t, x, u, retain_graph=True, allow_unused=True)[0] if x.requires_grad else None
+            for t in (expected, y)
+        ]
+        derivatives = [torch.zeros_like(x) if g is None else g for g in pulled]
+        tolerance = 1e-8 if y.dtype == torch.float64 else 1e-3
+        pairs = {"output": (expected, y), "derivative": tuple(derivatives)}
+        wrong = [what for what, (a, b) in pairs.items() if not (a - b).norm() <= tolerance * (a.norm() + b.norm())]
+        if not wrong:
+            return
+        a, b = pairs[wrong[0]]
+        problem = f"{wrong[0]} by {float((a - b).abs().max()):.2e} (largest difference)"
+    raise ValueError(
+        f"The pair registered for {kind} does not reproduce module '{name}': it misses the {problem}. apply(module, x, copies) "
+        "with copies = stats(module, x) expanded to one per sample must equal module(x). Correct the pair given to "
+        "bncurv.register_coupled."
+    )
+
+
 def _checkpointing() -> bool:
     """Whether the call runs inside ``torch.utils.checkpoint``, whose second run must save the same tensors."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -101,25 +138,30 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         self._hooks = [
             register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
+            register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
         ]
+        # compiled modules run eagerly meanwhile; asking for that would import the compiler where nobody has
+        self._stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        self._stance.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
+        self._stance.__exit__(None, None, None)
         for hook in self._hooks:
             hook.remove()
+            torch_module._global_forward_hooks_with_kwargs.pop(hook.id, None)  # remove() forgets this entry
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
         if id(module) in self._names:
             self._stack.append(self._names[id(module)])
 
-    def _leave_module(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _leave_module(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if id(module) not in self._names:
             return None
         pair = COUPLED.get(type(module))
-        if pair is not None and isinstance(output, Tensor) and args[0].requires_grad:
-            output = self._couple(module, args[0], output)
+        if pair is not None and isinstance(output, Tensor) and output.requires_grad:
+            output = self._couple(module, args[0] if args else next(iter(kwargs.values())), output)
         name = self._stack.pop()
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and first.grad_fn is not None:
@@ -128,17 +170,14 @@ class Recorder(TorchFunctionMode):
 
     def _couple(self, module: nn.Module, x: Tensor, expected: Tensor) -> Tensor:
         pair, name = COUPLED[type(module)], self._stack[-1]
-        with self:  # the layer's own parameters are recorded like any other's
-            y, copies, coupling = couple(
-                lambda t: pair.stats(module, t), lambda t, s: pair.apply(module, t, s), x, name, self._gates
-            )
-        if not torch.allclose(y, expected, rtol=1e-3, atol=1e-5):
-            raise ValueError(
-                f"The pair registered for {type(module).__name__} does not reproduce the output of module "
-                f"'{name}' (largest difference {(y - expected).abs().max():.2e}): apply(module, x, copies) with "
-                "copies = stats(module, x) expanded to one per sample must equal module(x). Correct the pair "
-                "given to bncurv.register_coupled."
-            )
+        y, copies, coupling = couple(
+            lambda t: _one_tensor(pair.stats(module, t), module, name),
+            lambda t, s: pair.apply(module, t, s),
+            x,
+            name,
+            self._gates,
+        )
+        _check_pair(name, type(module).__name__, x, expected, y)
         if coupling is not None:
             node = get_gradient_edge(copies).node
             mark = Mark(None, coupling, copies.output_nr, len(copies), tuple(_edges_below(node)))

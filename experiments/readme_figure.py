@@ -49,9 +49,7 @@ def plain_diagonal(model: nn.Module, X: Tensor, y: Tensor) -> list[Tensor]:
     for n, c in (part.unbind(1) for part in which.split(CHUNK)):
         cotangents = torch.zeros(len(n), *output.shape)
         cotangents[torch.arange(len(n)), n] = columns[n, :, c]
-        rows = torch.autograd.grad(
-            output, params, cotangents, retain_graph=True, is_grads_batched=True
-        )
+        rows = torch.autograd.grad(output, params, cotangents, retain_graph=True, is_grads_batched=True)
         for total, v in zip(diagonal, rows, strict=True):
             total += v.square().sum(0)
     return diagonal

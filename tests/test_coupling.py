@@ -62,7 +62,7 @@ def test_singular_values_are_those_of_the_correction(case):
         names = [n for n in own if n.rpartition(".")[0] == layer]
         gap = torch.cat([(res.sqrt_ggn_exact[n] - own[n]).flatten(0, 1).flatten(1) for n in names], 1)
         want = torch.linalg.svdvals(gap)[: len(entry.singular_values)]
-        assert torch.allclose(entry.singular_values[: len(want)], want, rtol=1e-6, atol=1e-7 * float(gap.norm() + 1e-9))
+        assert torch.allclose(entry.singular_values[: len(want)].double(), want, rtol=1e-6, atol=1e-7 * float(gap.norm() + 1e-9))
 
 
 def test_report_in_the_context():

@@ -363,9 +363,7 @@ def test_extended_eval_and_no_grad() -> None:
 @pytest.mark.parametrize("place", ["0", "4", "7", ""])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
 @pytest.mark.parametrize("order", ["extend_first", "hook_first"])
-def test_failure_in_extended_forward(
-    order: str, kind: str, place: str, error: type[BaseException]
-) -> None:
+def test_failure_in_extended_forward(order: str, kind: str, place: str, error: type[BaseException]) -> None:
     model = net()
     if order == "extend_first":
         extend(model)
@@ -812,6 +810,122 @@ def test_optimiser_in_backward() -> None:
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     gesture(extend(model))
     assert all(p.grad is None and hasattr(p, "diag_ggn_exact") for p in model.parameters())
+
+
+# ------------------------------------------------------------------- the rest of PyTorch's world
+
+
+def stateless() -> nn.Module:
+    """No running statistics: what function transforms ask of a train-mode BN."""
+    with float64(0):
+        norm = nn.BatchNorm1d(5, track_running_stats=False)
+        return nn.Sequential(nn.Linear(4, 5), norm, nn.Tanh(), nn.Linear(5, C))
+
+
+def by_func_grad(model: nn.Module) -> Tensor:
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (batch()[0],)).square().sum()
+
+    return torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters()})["0.weight"]
+
+
+def by_func_jvp(model: nn.Module) -> Tensor:
+    X = batch()[0]
+    return torch.func.jvp(lambda x: model(x), (X,), (X.cos(),))[1]
+
+
+def by_vmap(model: nn.Module) -> Tensor:
+    X = batch()[0]
+    return torch.func.vmap(lambda x: model(x))(torch.stack([X, X.cos()]))
+
+
+def by_forward_mode(model: nn.Module) -> Tensor:
+    X = batch()[0]
+    with torch.autograd.forward_ad.dual_level():
+        output = model(torch.autograd.forward_ad.make_dual(X, X.cos()))
+        return torch.autograd.forward_ad.unpack_dual(output).tangent
+
+
+def by_double_backward(model: nn.Module) -> Tensor:
+    X, y = batch()
+    loss = nn.CrossEntropyLoss()(model(X), y)
+    (g,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), model[0].weight)[0]
+
+
+def by_gradient_penalty(model: nn.Module) -> Tensor:
+    X = batch()[0].requires_grad_()
+    (g,) = torch.autograd.grad(model(X).square().sum(), X, create_graph=True)
+    return torch.autograd.grad(g.norm(), model[0].weight)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "transform",
+    [by_func_grad, by_func_jvp, by_vmap, by_forward_mode, by_double_backward, by_gradient_penalty],
+)
+def test_function_transforms_of_an_extended_model(transform: Any) -> None:
+    torch.testing.assert_close(transform(extend(stateless())), transform(stateless()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::bncurv.SlowPathWarning")
+def test_script_modules() -> None:
+    """TorchScript shows no calls: the dense way, exact; and the buffers are restored."""
+    model, want = torch.jit.script(net()), compute(net())
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    assert_close(compute(model).diag_ggn_exact, want.diag_ggn_exact)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+
+
+def test_compiled_model() -> None:
+    """Its eager code is what is differentiated."""
+    want = compute(net())
+    compiled = torch.compile(net(), backend="eager")
+    for method in ("coupled", "dense"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            got = compute(compiled, method=method).diag_ggn_exact
+        assert_close({n.removeprefix("_orig_mod."): t for n, t in got.items()}, want.diag_ggn_exact)
+
+
+def test_two_extended_models() -> None:
+    """An encoder and a decoder, extended one by one, under one loss."""
+    whole, loss_fn, (X, y) = net(), extend(nn.CrossEntropyLoss()), batch()
+    encoder, decoder = extend(whole[:3]), extend(whole[3:])
+    with backpack(DiagGGNExact()):
+        loss_fn(decoder(encoder(X)), y).backward()
+    want = reference.ggn_diagonal(net(), nn.CrossEntropyLoss(), X, y)
+    assert_close({n: p.diag_ggn_exact for n, p in whole.named_parameters()}, want)
+
+
+@pytest.mark.filterwarnings("ignore::bncurv.SlowPathWarning")
+@pytest.mark.parametrize("extended", [slice(0, 3), slice(3, 8)], ids=["first", "last"])
+def test_one_part_extended(extended: slice) -> None:
+    """Its parameters only, and the other part's coupling is noticed."""
+    whole, loss_fn, (X, y) = net(), extend(nn.CrossEntropyLoss()), batch()
+    extend(part := whole[extended])
+    first, last = (part, whole[3:]) if extended.start == 0 else (whole[:3], part)
+    with backpack(DiagGGNExact()):
+        loss_fn(last(first(X)), y).backward()
+    named = {n: p for n, p in whole.named_parameters() if hasattr(p, "diag_ggn_exact")}
+    want = reference.ggn_diagonal(net(), nn.CrossEntropyLoss(), X, y)
+    assert set(map(id, named.values())) == set(map(id, part.parameters()))
+    assert_close({n: p.diag_ggn_exact for n, p in named.items()}, {n: want[n] for n in named})
+
+
+def test_backward_twice_and_autograd_grad() -> None:
+    """Every backward pass of the loss delivers; `torch.autograd.grad` accumulates nothing."""
+    model, loss_fn, (X, y) = extend(net()), extend(nn.CrossEntropyLoss()), batch()
+    with backpack(DiagGGNExact()):
+        loss = loss_fn(model(X), y)
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        first = {n: p.diag_ggn_exact for n, p in model.named_parameters()}
+        assert all(p.grad is None for p in model.parameters())
+        remove_fields(model)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.diag_ggn_exact, first[name])
 
 
 def test_anomaly_mode() -> None:

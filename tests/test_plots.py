@@ -60,6 +60,16 @@ def test_spectrum_of_one_eigenvalue():
     assert plots.spectrum(ggn).get_title() == "The largest eigenvalue holds 100% of the trace"
 
 
+@pytest.mark.parametrize("matrix_free", [False, True])
+def test_spectrum_of_the_top_only(matrix_free):
+    model, loss_fn, X, y = next(c for c in MODELS if c.name == "residual_cnn").build()
+    quantity = bncurv.LowRankGGN(top=3, matrix_free=matrix_free)
+    ax = plots.spectrum(bncurv.curvature(model, loss_fn, (X, y), quantity).ggn)
+    assert "top 3" in legend(ax) and len(ax.get_lines()[0].get_xdata()) == 3
+    assert ax.get_title().startswith("The 3 largest eigenvalues")
+    assert ("of the trace" in ax.get_title()) != matrix_free
+
+
 def test_spectrum_of_groups_says_what_to_pass():
     model, loss_fn, X, y = next(c for c in MODELS if c.name == "residual_cnn").build()
     groups = bncurv.curvature(model, loss_fn, (X, y), bncurv.LowRankGGN(groups="layer")).ggn

@@ -59,9 +59,7 @@ def test_beyond_the_first_list(case, method):
     assert_close(result.grad_component, components)
 
 
-@pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, nn.SyncBatchNorm.convert_sync_batchnorm], ids=["dp", "sync"]
-)
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.SyncBatchNorm.convert_sync_batchnorm], ids=["dp", "sync"])
 def test_wrapped(wrap):
     assert assert_exact(wrap(mlp()), "coupled", mlp()).method == "coupled"
 
@@ -130,9 +128,7 @@ def test_checkpointed_batch_norm_goes_the_dense_way():
     assert assert_exact(checkpointed(False), "auto").method == "dense"
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="module 'body.1'"):
         warnings.simplefilter("ignore", SlowPathWarning)
-        curvature(
-            checkpointed(False), nn.CrossEntropyLoss(), batch(), DiagGGNExact(), method="coupled"
-        )
+        curvature(checkpointed(False), nn.CrossEntropyLoss(), batch(), DiagGGNExact(), method="coupled")
 
 
 def test_extended_model_with_checkpointed_batch_norm_trains():
