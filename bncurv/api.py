@@ -158,7 +158,7 @@ def curvature(
     with torch.inference_mode(False), set_aside(model.parameters()), left_as_is(model), bar:
         for X, y in _batches(data):
             with torch.enable_grad(), Recorder(model):
-                output = _forward(model, X, y, wanted)
+                output = _forward(getattr(model, "_orig_mod", model), X, y, wanted)  # torch.compile: the eager code
             at_batch = evaluate(loss_fn, output, y.to(output.device))
             fields, engine = compute(output, at_batch, wanted, quantities, method, chunk_size, bar, tol)
             batches.append(fields)

@@ -106,10 +106,16 @@ def _check_pair(name: str, kind: str, x: Tensor, expected: Tensor, y: Tensor) ->
     )
 
 
-def _checkpointing() -> bool:
-    """Whether the call runs inside ``torch.utils.checkpoint``, whose second run must save the same tensors."""
+def _plain_wanted() -> bool:
+    """Whether a BatchNorm must run ungated: where PyTorch differentiates it otherwise than by one recorded graph.
+
+    Inside ``torch.utils.checkpoint`` the second run must save the same tensors; ``torch.func`` transforms and forward-mode
+    differentiation have rules for PyTorch's own BatchNorm only.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    checkpointing = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return checkpointing or transformed or torch.autograd.forward_ad._current_level >= 0
 
 
 class Mark(NamedTuple):
@@ -189,7 +195,7 @@ class Recorder(TorchFunctionMode):
         if layer is None or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **(kwargs or {})}
-        if func is nnf.batch_norm and arguments.get("training", False) and not _checkpointing():
+        if func is nnf.batch_norm and arguments.get("training", False) and not _plain_wanted():
             return self._batch_norm(arguments)
         output = func(*args, **(kwargs or {}))
         if layer.accepts(arguments):
