@@ -16,6 +16,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 Vector = Tensor | Mapping[str, Tensor]
+LANCZOS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # ‖G e - λ e‖ / λ; the eigenvalue's error is its square
 Damping = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -37,7 +38,7 @@ class LowRank:
         self.shapes = {name: r.shape[1:] for name, r in rows.items()}
         first = next(iter(rows.values()))
         self.components, self.dtype, self.device = len(first), first.dtype, first.device
-        self.samples = len(next(iter(gradients.values())))
+        self.samples = len(next(iter(gradients.values()))) if gradients else 0
         self.dim = sum(shape.numel() for shape in self.shapes.values())
 
     def __repr__(self) -> str:
@@ -109,7 +110,7 @@ class LowRank:
 
         operator = LinearOperator((size, size), matvec=product, matmat=product, dtype=kind)
         start = np.random.default_rng(0).standard_normal(size).astype(kind)
-        values, vectors = eigsh(operator, k=count, which="LA", v0=start)
+        values, vectors = eigsh(operator, k=count, which="LA", v0=start, tol=LANCZOS_TOLERANCE[self.dtype])
         return torch.from_numpy(values).to(self.device), torch.from_numpy(vectors).to(self.device)
 
     @property

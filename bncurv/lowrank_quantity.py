@@ -77,14 +77,15 @@ class LowRankGGN(Quantity):
                 "parameters (params=...), or raise memory=."
             )
         self._weights = None if self._free else gradient_weights(at_batch)
-        self._operator = BatchOperator(output, at_batch.factor, parameters) if self._free else None
+        self._operator = BatchOperator(output, at_batch, parameters) if self._free else None
+        if self._free:
+            return {}
         sources = super().sources(at_batch, output, parameters)
-        left_out = "factor" if self._free else "gradient" if self._weights is not None else ""
-        return {key: s for key, s in sources.items() if key != left_out}
+        return sources if self._weights is None else {"factor": sources["factor"]}
 
     def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
         """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``."""
-        keys = ["gradient"] if self._free else ["factor"] if self._weights is not None else list(self.pulls)
+        keys = [] if self._free else ["factor"] if self._weights is not None else list(self.pulls)
         return {
             key: {
                 n: torch.zeros((samples, columns[key], *p.shape), dtype=p.dtype, device=p.device)
@@ -100,12 +101,13 @@ class LowRankGGN(Quantity):
     def finish(self, state: Any) -> dict[str, Any]:
         """Rows of V (or the operator), and the per-component gradients; `merge` makes the result of them."""
         operator, self._operator = self._operator, None
+        if operator is not None:
+            return {self.field: (operator, {})}
         if self._weights is None:
             gradients = {name: g[:, 0] for name, g in state["gradient"].items()}
         else:
             gradients = {name: torch.einsum("nc,nc...->n...", self._weights, v) for name, v in state["factor"].items()}
-        rows = operator or {name: v.flatten(0, 1) for name, v in state["factor"].items()}
-        return {self.field: (rows, gradients)}
+        return {self.field: ({name: v.flatten(0, 1) for name, v in state["factor"].items()}, gradients)}
 
     def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """Mean of GGNs: rows of V concatenated and divided by √B, gradients by B."""
@@ -113,7 +115,7 @@ class LowRankGGN(Quantity):
         mean = {n: torch.cat([g[n] for g in gradients]) / count for n in gradients[0]}
         if isinstance(rows[0], BatchOperator):
             assert self.top is not None  # matrix-free only with top
-            return {self.field: MatrixFreeGGN(list(rows), mean, self.top)}
+            return {self.field: MatrixFreeGGN(list(rows), self.top)}
         scaled = {n: torch.cat([r[n] for r in rows]) * count**-0.5 for n in rows[0]} if count > 1 else rows[0]
         return {self.field: self._assemble(scaled, mean)}
 

@@ -7,7 +7,7 @@ stays alive as long as the operator does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor
 
-from bncurv.losses import Factor
-from bncurv.lowrank import LowRank, Vector, positive
+from bncurv.losses import LossAtBatch
+from bncurv.lowrank import LANCZOS_TOLERANCE, LowRank, Vector, positive
 
 
 class BatchOperator:
@@ -24,52 +24,60 @@ class BatchOperator:
 
     Args:
         output: the model's output on its graph.
-        factor: the loss' Hessian factor.
+        at_batch: the loss' gradient and Hessian factor there.
         parameters: parameters by name.
     """
 
-    def __init__(self, output: Tensor, factor: Factor, parameters: Mapping[str, Tensor]) -> None:
-        self._output, self._factor, self._parameters = output, factor, list(parameters.values())
+    def __init__(self, output: Tensor, at_batch: LossAtBatch, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters, self.at_batch = dict(parameters), at_batch
+        self._output, self._list = output, list(parameters.values())
         with torch.enable_grad():
             self._u = torch.zeros_like(output, requires_grad=True)
-            self._w = torch.autograd.grad(output, self._parameters, self._u, create_graph=True, materialize_grads=True)
+            w = torch.autograd.grad(output, self._list, self._u, create_graph=True, materialize_grads=True)
+        self._w = [(t, i) for i, t in enumerate(w) if t.requires_grad]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v, ``[n, *output]``."""
+        parts = v.split([p.numel() for p in self._list])
+        cotangents = [parts[i].view_as(self._list[i]) for _, i in self._w]
+        return torch.autograd.grad([t for t, _ in self._w], self._u, cotangents, retain_graph=True)[0]
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """Jᵀ u, flat."""
+        got = torch.autograd.grad(
+            self._output, self._list, u, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([t.reshape(-1) for t in got])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """G v, flat."""
-        sizes = [p.numel() for p in self._parameters]
-        parts = [part.view_as(p) for part, p in zip(v.split(sizes), self._parameters, strict=True)]
-        on_graph = [(w, part) for w, part in zip(self._w, parts, strict=True) if w.requires_grad]
-        (Jv,) = torch.autograd.grad(
-            [w for w, _ in on_graph], self._u, [part for _, part in on_graph], retain_graph=True
-        )
-        HJv = self._factor.hessian_product(Jv)
-        JHJv = torch.autograd.grad(
-            self._output, self._parameters, HJv, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([t.reshape(-1) for t in JHJv])
+        Jv = self.jvp(v)
+        HJv = self.at_batch.factor.hessian_product(Jv)
+        return self.vjp(HJv)
 
 
 class MatrixFreeGGN(LowRank):
     """The leading eigenpairs of G, and G itself through the network: `LowRank` with ``matrix_free=True``.
 
-    Products (``@``, ``to_scipy``), ``solve`` (conjugate gradients) and `density` (stochastic Lanczos) use the whole G;
-    eigenvalues, eigenvectors, slopes, curvatures and Newton steps along directions its ``top`` leading part. What needs
-    the whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
+    Products (``@``, ``to_scipy``), ``solve`` (conjugate gradients), `density` (stochastic Lanczos), slopes and curvatures
+    use the whole G; eigenvalues, eigenvectors and Newton steps along directions its ``top`` leading part. What needs the
+    whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
 
     Args:
         operators: one per mini-batch; G is their mean.
-        gradients: per-component gradients by name.
-        top: number of eigenpairs, by scipy's implicitly restarted Lanczos to machine precision.
+        top: number of eigenpairs, by scipy's implicitly restarted Lanczos (`LANCZOS_TOLERANCE`).
     """
 
-    def __init__(self, operators: list[BatchOperator], gradients: dict[str, Tensor], top: int) -> None:
+    def __init__(self, operators: list[BatchOperator], top: int) -> None:
         self._operators = operators
-        empty = {name: g[:0] for name, g in gradients.items()}
-        super().__init__(empty, gradients, top)
+        parameters = operators[0].parameters
+        super().__init__({name: p.detach()[None][:0] for name, p in parameters.items()}, {}, top)
+        self.samples = sum(len(op.at_batch.gradient) for op in operators)
         if top >= self.dim:
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
-        start = np.random.default_rng(0).standard_normal(self.dim)
-        values, vectors = eigsh(self.to_scipy(), k=top, which="LA", v0=start.astype(self.to_scipy().dtype))
+        operator = self.to_scipy()
+        start = np.random.default_rng(0).standard_normal(self.dim).astype(operator.dtype)
+        values, vectors = eigsh(operator, k=top, which="LA", v0=start, tol=LANCZOS_TOLERANCE[self.dtype])
         values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
         kept = values > 0
         # as rows of V: √λ e, so that the base class' formulas apply to the leading part
@@ -78,17 +86,32 @@ class MatrixFreeGGN(LowRank):
 
     def _product(self, v: Tensor) -> Tensor:
         columns = v[:, None] if v.dim() == 1 else v
-        out = torch.stack([sum(op @ c for op in self._operators) for c in columns.T], 1) / len(self._operators)
-        return out[:, 0] if v.dim() == 1 else out
+        out = [sum((op @ c for op in self._operators), torch.zeros_like(c)) / len(self._operators) for c in columns.T]
+        return torch.stack(out, 1).view(v.shape)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of the loss, flat ``[D]``."""
+        parts = [op.vjp(op.at_batch.gradient) for op in self._operators]
+        return torch.stack(parts).mean(0)
+
+    def slopes(self, k: int | None = None) -> Tensor:
+        """γ[n, d] = g_n · e_d = ∂L/∂F_n · (J e_d)_n, ``[N, k]``."""
+        return self._along(k, lambda op, Je: (op.at_batch.gradient * Je).flatten(1).sum(1))
+
+    def curvatures(self, k: int | None = None) -> Tensor:
+        """λ[n, d] = (J e_d)_n · H_n (J e_d)_n, ``[N, k]``."""
+        return self._along(k, lambda op, Je: (Je * op.at_batch.factor.hessian_product(Je)).flatten(1).sum(1))
+
+    def _along(self, k: int | None, f: Callable[[BatchOperator, Tensor], Tensor]) -> Tensor:
+        directions = self.unit_vectors(k).T
+        rows = [torch.stack([f(op, op.jvp(e)) for e in directions], 1) for op in self._operators]
+        return torch.cat(rows) / len(self._operators)
 
     def residuals(self, k: int | None = None) -> Tensor:
         """‖G e - λ e‖ of the leading eigenpairs, with the whole G."""
         e = self.unit_vectors(k)
         return torch.linalg.vector_norm(self._product(e) - e * self._values[: e.shape[1]], dim=0)
-
-    def curvatures(self, k: int | None = None) -> Tensor:
-        """Not available: the components' rows of V are not kept."""
-        raise self._refusal("curvatures")
 
     @property
     def trace(self) -> Tensor:

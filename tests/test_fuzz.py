@@ -247,7 +247,7 @@ COMMON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("method", ["coupled", "dense"])
-@settings(max_examples=80, **COMMON)
+@settings(max_examples=50, **COMMON)
 @given(problem=problems())
 def test_random_networks(method: str, problem: Problem) -> None:
     assert_exact(problem, method)

@@ -590,6 +590,44 @@ def test_traps(one: Any, method: str) -> None:
     assert_close(res.grad_component, reference.component_gradients(*one.build()))
 
 
+def over_pairs() -> nn.Module:
+    """Normalising two values leaves their sign: gradients below cancel to eps, and to rounding."""
+    return nn.Sequential(
+        *(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.GroupNorm(4, 8)),
+        *(nn.Linear(8, 2), nn.LayerNorm(2), nn.Linear(2, 3)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("samples", [3, 20])
+def test_no_false_alarm_where_gradients_cancel(samples: int, dtype: torch.dtype) -> None:
+    model, loss_fn, X, y = case("over_pairs", over_pairs, labelled(samples, 4)).build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        batch = X.to(dtype), y
+        curvature(model.to(dtype), loss_fn, batch, DiagGGNExact(), method="coupled")
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (0, 16), (3, 35), (18, 39), (39, 18), (22, 6)])
+def test_every_pair_is_watched(pair: tuple[int, int]) -> None:
+    """One sample among forty feels one other, weakly."""
+    n, m = pair
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        h = net.first(x)
+        h = torch.cat([h[:n], h[n : n + 1] + 1e-3 * h[m : m + 1], h[n + 1 :]])
+        return net.out(net.bn(h).tanh())
+
+    def model() -> nn.Module:
+        layers = {"first": nn.Linear(4, 5), "bn": nn.BatchNorm1d(5), "out": nn.Linear(5, 3)}
+        return Net(forward, **layers)
+
+    one = case("pair", model, labelled(40, 4))
+    net, loss_fn, X, y = one.build()
+    with pytest.raises(RuntimeError, match="mixed in or before module 'bn'"):
+        curvature(net, loss_fn, (X, y), DiagGGNExact(), method="coupled")
+
+
 def test_one_sample_without_batch_norm() -> None:
     """N = 1: a layer without a sample axis is not taken for one of a single sample."""
     one = case(

@@ -199,7 +199,9 @@ def test_matrix_free(case):
     assert float(free.residuals().max()) <= 1e-8 * float(free.eigenvalues[0])
     assert torch.allclose(free.solve(v, 0.3), full.solve(v, 0.3), rtol=1e-6, atol=1e-8)
     assert torch.allclose(free.slopes(2).sum(0).abs(), full.slopes(2).sum(0).abs(), rtol=1e-5, atol=1e-8)
-    for refused in (lambda: free.trace, lambda: free.logdet(1.0), lambda: free.sample(1.0), lambda: free.curvatures()):
+    assert torch.allclose(free.curvatures(2), full.curvatures(2), rtol=1e-5, atol=1e-8)
+    assert torch.allclose(free.gradient, full.gradient, rtol=1e-9, atol=1e-12)
+    for refused in (lambda: free.trace, lambda: free.logdet(1.0), lambda: free.sample(1.0), lambda: free.frobenius_norm):
         with pytest.raises(NotImplementedError, match="needs all rows of V"):
             refused()
 

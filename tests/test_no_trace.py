@@ -182,6 +182,7 @@ def test_inputs_are_left_alone() -> None:
     assert X.grad is None and X.requires_grad
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize("place", ["0", "3", "4", "7", ""])
 def test_failure_in_forward(place: str, error: type[BaseException]) -> None:
@@ -359,6 +360,7 @@ def test_extended_eval_and_no_grad() -> None:
             assert torch.equal(model(X), expected)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize("place", ["0", "4", "7", ""])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
