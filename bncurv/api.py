@@ -92,12 +92,10 @@ def compute(
     mixed = sum(len(s.cotangents) for s in sources.values() if isinstance(s, Mixed))
     bar.total = (bar.total or 0) + engine.planned(total) + mixed
     states = {q.field: q.start(wanted, len(output), columns) for q in quantities}
-    engine.prepare([s for s in sources.values() if not isinstance(s, Mixed)])
-    for key, source in sources.items():
-        for rows in engine.pull(source):
-            for q in quantities:
-                if key in asked[q.field]:
-                    q.add(states[q.field], key, rows)
+    for key, rows in engine.pull(sources):
+        for q in quantities:
+            if key in asked[q.field]:
+                q.add(states[q.field], key, rows)
     return {q.field: q.finish(states[q.field]) for q in quantities}, engine
 
 
@@ -160,6 +158,8 @@ def curvature(
             with torch.enable_grad(), Recorder(model):
                 output = _forward(getattr(model, "_orig_mod", model), X, y, wanted)  # torch.compile: the eager code
             at_batch = evaluate(loss_fn, output, y.to(output.device))
+            for q in quantities:
+                q.graph_survives = True
             fields, engine = compute(output, at_batch, wanted, quantities, method, chunk_size, bar, tol)
             batches.append(fields)
             passes, way, error = passes + engine.passes, engine.way, engine.error

@@ -1,9 +1,11 @@
 """The certificate: with the gates closed, no sample may feel another.
 
 The pull-back with constant statistics is block-diagonal over samples if and only if scaling sample n's cotangent by t_n
-scales all gradients of sample n by t_n and does nothing else. Two passes with random t check that at every recorded
-layer, for all pairs of samples at once: coupling of m with n leaves (t_m - t_n) J_nm u_m behind. Coupling weaker than
-rounding (`TOLERANCE`) cannot be told from rounding, and does as little harm. What mixes samples is named by module.
+scales all gradients of sample n by t_n and does nothing else. That is checked at every recorded layer, for all pairs of
+samples: coupling of m with n leaves (t_m / t_n - 1) J_nm u_m behind. The t_n are powers of two, by which rounding
+commutes: without coupling nothing at all is left, also where a gradient cancels down to rounding. Two samples differ in
+at least one base-32 digit of their indices, one pass per digit. Coupling weaker than `TOLERANCE` is as little harm.
+What mixes samples is named by module.
 """
 
 from __future__ import annotations
@@ -15,24 +17,31 @@ from torch.autograd.graph import GradientEdge
 from bncurv.record import Trace
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
+BASE = 32
 
 
 def _leaks(
     output: Tensor | GradientEdge, shape: torch.Size, edges: list[GradientEdge], samples: int, like: Tensor
 ) -> bool:
     """Whether scaling the cotangents of ``output [n·t, ...]`` per sample does more than scale those at ``edges``."""
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(shape, generator=generator).to(like)
-    scale = (0.5 + torch.rand(samples, generator=generator)).to(like)
-    rows = scale.repeat_interleave(shape[0] // samples).view(-1, *(1,) * (len(shape) - 1))
-    got = [torch.autograd.grad(output, edges, t, retain_graph=True, allow_unused=True) for t in (u, rows * u)]
-    for g in zip(*got, strict=True):
-        if g[0] is None or g[0].shape[0] % samples:
-            continue
-        plain, scaled = (t.reshape(samples, -1) for t in g)
-        difference = torch.linalg.vector_norm(scaled - scale[:, None] * plain, dim=1).max()
-        if bool(difference > TOLERANCE[like.dtype] * torch.linalg.vector_norm(plain, dim=1).max()):
-            return True
+    u = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    index = torch.arange(samples, device=u.device)
+
+    def pull(t: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(output, edges, t, retain_graph=True, allow_unused=True)
+
+    plain, place = pull(u), 1
+    while place < samples:
+        scale = (2.0 ** (index // place % BASE)).to(like)
+        rows = scale.repeat_interleave(shape[0] // samples).view(-1, *(1,) * (len(shape) - 1))
+        for p, scaled in zip(plain, pull(rows * u), strict=True):
+            if p is None or scaled is None or p.shape[0] % samples:
+                continue
+            p, scaled = p.reshape(samples, -1), scaled.reshape(samples, -1)
+            difference = torch.linalg.vector_norm(scaled / scale[:, None] - p, dim=1).max()
+            if bool(difference > TOLERANCE[like.dtype] * torch.linalg.vector_norm(p, dim=1).max()):
+                return True
+        place *= BASE
     return False
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
 DENSE_BYTES = 8 * 2**20  # the same in the dense way, where more is slower
 RIGHT_BYTES = 512 * 2**20  # unfolded inputs of all layers kept for reuse
+DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
 ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
 ROW_ENTRY = 60.0  # one entry of V: written, corrected, squared
@@ -59,19 +60,41 @@ class Costs:
         """C columns through everything, R directions through what is below, the rows of V and their correction."""
         engine, components = self._engine, self._engine.samples * self._columns
         cost = (self._columns + 2) * self._pass(-1, engine.calls_in(-1)) + 6 * CALL * len(self._calls)
+        groups = self.groups([name for name in engine.wanted if name not in slow])
+        cost *= len(groups)
         for j in engine.couplings:
             sites, count = engine.sites_below(j), engine.trace.sites[j].coupling.statistics.numel()
             if sites:
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
-                cost += count * self._pass(engine.trace.sites[j].upstream, sites) + CALL * calls
+                cost += len(groups) * (count * self._pass(engine.trace.sites[j].upstream, sites) + CALL * calls)
         for name, p in engine.wanted.items():
-            directions = sum(
-                engine.trace.sites[j].coupling.statistics.numel()
-                for j in engine.above(name)
-                if engine.direct(j) not in [i for i, _ in engine.uses[name]]
-            )
+            directions = self.direction_entries(name)
+            if directions * p.numel() * self._itemsize > 4 * DIRECTION_BYTES:
+                return float("inf")  # one parameter's P alone does not fit
             cost += components * p.numel() * (2.0 * directions + ROW_ENTRY)
         return cost + (self.dense() if slow else 0.0)
+
+    def direction_entries(self, name: str) -> int:
+        """Rows of P that a parameter needs: the statistics above it but for those directly above."""
+        engine = self._engine
+        direct = [i for i, _ in engine.uses.get(name, ())]
+        return sum(
+            engine.trace.sites[j].coupling.statistics.numel()
+            for j in engine.above(name)
+            if engine.direct(j) not in direct
+        )
+
+    def groups(self, names: list[str]) -> list[list[str]]:
+        """Parameters whose P is held at once, in forward order; a single one may exceed the budget."""
+        found: list[list[str]] = []
+        held = float("inf")
+        for name in names:
+            size = self._itemsize * self.direction_entries(name) * self._engine.wanted[name].numel()
+            if held + size > DIRECTION_BYTES:
+                found, held = [*found, []], 0.0
+            found[-1].append(name)
+            held += size
+        return found
 
     def column_chunk(self) -> int:
         """Columns of the loss pulled back at once in the coupled way."""

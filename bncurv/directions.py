@@ -63,60 +63,68 @@ class Correction:
 
 
 class Directions:
-    """The statistics' own coordinates: exact."""
+    """The statistics' own coordinates: exact.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: the engine.
+        names: parameters to pull back for.
+        between: B where it is known already, by upper and lower coupling.
+    """
+
+    def __init__(self, engine: Engine, names: list[str], between: dict[int, dict[int, Tensor]] | None = None) -> None:
         self._engine = weakref.proxy(engine)  # no cycle: graphs die with the call
+        self._names = names
+        self.between = dict(between or {})
         self._a: dict[int, Tensor] = {}
-        self._between: dict[int, dict[int, Tensor]] = {}
         self._direct: dict[str, list[tuple[int, Tensor]]] = {}
         self._couplings: dict[str, list[int]] = {}  # in the order of the rows of P
         parts: dict[str, list[Tensor]] = {}
         for j in engine.couplings:
-            rows, self._between[j] = self._pull(j)
-            for name, r in rows.items():
+            for name, r in self._pull(j).items():
                 parts.setdefault(name, []).append(r)
                 self._couplings.setdefault(name, []).append(j)
             self._pull_direct(j)
         self._products = {name: torch.cat(rows) for name, rows in parts.items()}
 
+    def _uses(self) -> list[tuple[str, int, str]]:
+        """Name, site and role of every use of the parameters at hand."""
+        return [(name, i, role) for name in self._names for i, role in self._engine.uses.get(name, ())]
+
     def _pull_direct(self, j: int) -> None:
         """P of the layer directly below a BatchNorm, all channels at once, without a pass."""
         engine, site = self._engine, self._engine.direct(j)
-        for name, uses in engine.uses.items() if site is not None else ():
-            for i, role in uses:
-                if i == site:
-                    cotangents = engine.trace.sites[j].coupling.own_cotangents()
-                    self._direct.setdefault(name, []).append((j, engine.summed_product(i, role, cotangents)))
+        for name, i, role in self._uses():
+            if i == site:
+                cotangents = engine.trace.sites[j].coupling.own_cotangents()
+                self._direct.setdefault(name, []).append((j, engine.summed_product(i, role, cotangents)))
 
-    def _pull(self, j: int) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """P and B of coupling ``j``: its statistics, one coordinate after the other, pulled back."""
+    def _pull(self, j: int) -> dict[str, Tensor]:
+        """P of coupling ``j``, its statistics pulled back one coordinate after the other; B too where still unknown."""
         engine, site = self._engine, self._engine.trace.sites[j]
-        statistics, lower = site.coupling.statistics, engine.couplings_in(site.upstream)
-        sites = engine.sites_below(j)
-        names = [
-            name for name, uses in engine.uses.items() if any(i in sites and site.upstream >> i & 1 for i, _ in uses)
-        ]
+        statistics, below = site.coupling.statistics, engine.sites_below(j)
+        lower = [] if j in self.between else engine.couplings_in(site.upstream)
+        names = sorted({name for name, i, _ in self._uses() if i in below}, key=self._names.index)
+        sites = sorted({i for _, i, _ in self._uses() if i in below} | set(lower))
         eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
         products: dict[str, list[Tensor]] = {name: [] for name in names}
         between: dict[int, list[Tensor]] = {i: [] for i in lower}
-        for q in chunks(len(eye), engine.chunk_size or engine.costs.direction_chunk(j)):
+        for q in chunks(len(eye), engine.chunk_size or engine.costs.direction_chunk(j)) if sites else ():
             deltas = engine.closed_vjp(statistics, sites, eye[q].view(-1, *statistics.shape))
             rows = engine.summed(sites, deltas)
             for name in names:
                 products[name].append(rows[name] if name in rows else engine.zeros(name, len(eye[q])))
             for i in lower:
-                d, below = deltas[sites.index(i)], engine.trace.sites[i].coupling
-                between[i].append(
-                    eye.new_zeros(len(eye[q]), below.statistics.numel()) if d is None else below.summed(d)
-                )
-        return {n: torch.cat(r) for n, r in products.items()}, {i: torch.cat(b) for i, b in between.items()}
+                d, coupling = deltas[sites.index(i)], engine.trace.sites[i].coupling
+                zero = eye.new_zeros(len(eye[q]), coupling.statistics.numel())
+                between[i].append(zero if d is None else coupling.summed(d))
+        self.between.setdefault(j, {i: torch.cat(b) for i, b in between.items()})
+        return {n: torch.cat(r) for n, r in products.items()}
 
     def read(self, delta: dict[int, Tensor | None], count: int) -> None:
         """Take A from the cotangents of ``count`` columns with closed gates."""
         a = self._a = read_coefficients(self._engine, delta, count)
         for upper in reversed(self._engine.couplings):
-            for lower, b in self._between[upper].items():
+            for lower, b in self.between[upper].items():
                 a[lower] = a[lower] + a[upper] @ b
 
     def correction(self, name: str) -> Correction:
@@ -137,6 +145,7 @@ class TruncatedDirections:
     Args:
         engine: the engine.
         sources: all columns that will be pulled back.
+        names: parameters to pull back for.
         tol: keep the smallest r with (Σ_{q>r} σ_q²)^(1/2) <= tol (Σ_q σ_q²)^(1/2).
 
     Attributes:
@@ -144,8 +153,8 @@ class TruncatedDirections:
         kept, total: number of directions kept, and of those with a non-zero singular value.
     """
 
-    def __init__(self, engine: Engine, sources: list[Source], tol: float) -> None:
-        self._engine = weakref.proxy(engine)
+    def __init__(self, engine: Engine, sources: list[Source], tol: float, names: list[str]) -> None:
+        self._engine, self._names = weakref.proxy(engine), names
         a = torch.cat([self._all_coefficients(s) for s in sources])  # [K, R]
         squares, U = torch.linalg.eigh((a.T @ a).double())
         squares, U = squares.flip(0).clamp(min=0), U.flip(1)
@@ -176,8 +185,8 @@ class TruncatedDirections:
         """Directions ``[q, R]`` on all statistics, pulled back with open gates: ``[q, *p]`` per parameter."""
         engine = self._engine
         statistics = [engine.trace.sites[j].coupling.statistics for j in engine.couplings]
-        sites = engine.calls_in(-1)
-        names = [name for name in engine.uses if engine.above(name)]
+        sites = sorted({i for name in self._names for i, _ in engine.uses.get(name, ())})
+        names = [name for name in self._names if engine.above(name)]
         parts: dict[str, list[Tensor]] = {name: [engine.zeros(name, 0)] for name in names}
         for q in chunks(len(directions), engine.chunk_size or engine.costs.dense_chunk()):
             split = directions[q].split([s.numel() for s in statistics], -1)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -123,6 +123,7 @@ class Engine:
         self._tol = tol
         self.error: dict[str, float] = {}
         self.directions: Directions | TruncatedDirections
+        self._between: dict[int, dict[int, Tensor]] = {}
         self._rights: dict[tuple[int, str], Tensor | None] = {}
         self._room = RIGHT_BYTES
         self._slow = self._without_product()
@@ -234,10 +235,12 @@ class Engine:
         pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
         if count > 1 and not torch.is_anomaly_enabled():
             try:
-                return list(pull(outputs, edges, cotangents, is_grads_batched=True))
+                return [_dense(g) for g in pull(outputs, edges, cotangents, is_grads_batched=True)]
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
                 pass
-        rows = [pull(outputs, edges, [t[i] for t in cotangents]) for i in range(count)]
+        rows = [[_dense(g) for g in pull(outputs, edges, [t[i] for t in cotangents])] for i in range(count)]
         return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
 
     def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> list[Tensor | None]:
@@ -291,30 +294,34 @@ class Engine:
 
     # ---------------------------------------------------------------- the two ways
     @torch.no_grad()
-    def prepare(self, sources: list[Source]) -> None:
-        """Pull the coupling directions back; they serve all sources."""
-        if self.way != "coupled" or not sources:
-            return
-        if self._tol and self.couplings:
-            self.directions = TruncatedDirections(self, sources, self._tol)
-            self.error = self.directions.error
-        else:
-            self.directions = Directions(self)
+    def pull(self, sources: Mapping[str, Source | Mixed]) -> Iterator[tuple[str, Rows]]:
+        """All rows of V of all sources, in blocks, each with its source's key."""
+        plain = {key: s for key, s in sources.items() if not isinstance(s, Mixed)}
+        for key, source in sources.items():
+            if isinstance(source, Mixed):
+                for q in chunks(len(source.cotangents), self.chunk_size or self.costs.dense_chunk()):
+                    for name, values in self.pull_mixed(source.cotangents[q]).items():
+                        yield key, Rows(name, values[None], slice(0, 1), q)
+        coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self._slow]
+        for names in self.costs.groups(coupled) if plain else ():
+            self.directions = self._pull_directions(list(plain.values()), names)
+            for key, source in plain.items():
+                for rows in self._coupled(source, names):
+                    yield key, rows
+        dense = [name for name in self.wanted if name not in coupled]
+        for key, source in plain.items() if dense else ():
+            for rows in self._dense(source, dense):
+                yield key, rows
 
-    @torch.no_grad()
-    def pull(self, source: Source | Mixed) -> Iterator[Rows]:
-        """All rows of V of a source, in blocks."""
-        if isinstance(source, Mixed):
-            for q in chunks(len(source.cotangents), self.chunk_size or self.costs.dense_chunk()):
-                for name, rows in self.pull_mixed(source.cotangents[q]).items():
-                    yield Rows(name, rows[None], slice(0, 1), q)
-            return
-        if self.way == "dense":
-            yield from self._dense(source, list(self.wanted))
-            return
-        yield from self._coupled(source)
-        if self._slow:
-            yield from self._dense(source, self._slow)
+    def _pull_directions(self, sources: list[Source], names: list[str]) -> Directions | TruncatedDirections:
+        """The coupling directions for some parameters; they serve all sources."""
+        if self._tol and self.couplings:
+            truncated = TruncatedDirections(self, sources, self._tol, names)
+            self.error |= truncated.error
+            return truncated
+        directions = Directions(self, names, self._between)
+        self._between = directions.between
+        return directions
 
     def _dense(self, source: Source, names: list[str]) -> Iterator[Rows]:
         size = self.chunk_size or self.costs.dense_chunk()
@@ -327,11 +334,15 @@ class Engine:
                 index = torch.arange(n.start, n.stop, device=columns.device)
                 spread = columns.new_zeros(len(index), *columns.shape)
                 spread[torch.arange(len(index)), :, index] = columns[:, index].transpose(0, 1)
-                for name, rows in self.pull_mixed(spread.flatten(0, 1), names).items():
-                    yield Rows(name, rows.unflatten(0, (len(index), count)), n, c)
+                cotangents, own = spread.flatten(0, 1), {}
+                if self.keep_own:
+                    with closed_gates(self.trace.sites):
+                        held = self.pull_mixed(cotangents, names)
+                    own = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
+                for name, rows in self.pull_mixed(cotangents, names).items():
+                    yield Rows(name, rows.unflatten(0, (len(index), count)), n, c, own.get(name))
 
-    def _coupled(self, source: Source) -> Iterator[Rows]:
-        names = [name for name in self.wanted if name not in self._slow]
+    def _coupled(self, source: Source, names: list[str]) -> Iterator[Rows]:
         calls = sorted({j for name in names for j, _ in self.uses.get(name, ())})
         sites = sorted({*calls, *self.couplings})
         for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk()):
@@ -373,6 +384,11 @@ class Engine:
         if self.chunk_size:
             return chunks(self.samples, max(1, self.chunk_size // count))
         return chunks(self.samples, self.costs.row_chunk(name, count))
+
+
+def _dense(g: Tensor | None) -> Tensor | None:
+    """An embedding's sparse gradient as an ordinary tensor."""
+    return g if g is None or g.layout == torch.strided else g.to_dense()
 
 
 @contextmanager

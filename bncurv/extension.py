@@ -143,6 +143,8 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     if not quantities:
         return
     check_quantities(quantities)
+    for q in quantities:
+        q.graph_survives = False
     models = models_behind(output)
     if not models:
         raise RuntimeError(

@@ -330,9 +330,9 @@ def evaluate(loss_fn: nn.Module, output: Tensor, target: Tensor, scale: float = 
         blocks = rule.blocks(precise, leaf, wide)
         if not bool(blocks.isfinite().all()):
             raise ValueError(
-                f"{type(loss_fn).__name__}: its Hessian factor is not finite at this batch. Either the loss is not convex "
-                "in the model's output there or undefined (NaN/inf, no target that counts), or its registered formula is "
-                "wrong. Correct the batch or the formula."
+                f"{type(loss_fn).__name__}: its Hessian factor is not finite at this batch. Either the loss is not "
+                "convex in the model's output there or undefined (NaN/inf, no target that counts), or its registered "
+                "formula is wrong. Correct the batch or the formula."
             )
         factor = Factor(blocks, output.shape)
         _compare(loss_fn, "gradient", actual, rule.gradient(precise, leaf, wide), 1e-14)
@@ -352,7 +352,7 @@ def _compare(loss_fn: nn.Module, what: str, actual: Tensor, expected: Tensor, fl
     if not difference <= 1e-8 * size + floor:
         raise ValueError(
             f"{type(loss_fn).__name__}: its {what} differs from the formula that bncurv has for this loss "
-            f"(by {float(difference / size):.1e} relative). Either the class overrides the loss' forward, or the formula "
-            "registered for it is wrong, or the loss is undefined at this batch (NaN/inf, or no target that counts). "
-            "Register the loss with bncurv.register_loss, or correct the formula or the batch."
+            f"(by {float(difference / size):.1e} relative). Either the class overrides the loss' forward, or the "
+            "formula registered for it is wrong, or the loss is undefined at this batch (NaN/inf, or no target that "
+            "counts). Register the loss with bncurv.register_loss, or correct the formula or the batch."
         )

@@ -115,7 +115,7 @@ class LowRank:
 
     @property
     def cutoff(self) -> float:
-        """Eigenvalues below are rounding: √max(K, D) · ulp · largest eigenvalue (errors of long sums add up randomly)."""
+        """Eigenvalues below are rounding: √max(K, D) · ulp · largest eigenvalue (errors add up randomly)."""
         size = max(self.components, self.dim)
         return size**0.5 * torch.finfo(self.dtype).eps * float(self._values[0].clamp(min=0))
 
@@ -136,8 +136,8 @@ class LowRank:
         if not 0 < k <= rank:
             raise ValueError(
                 f"{k} eigenvectors asked for, but the GGN has {rank} eigenvalues above the cut-off {self.cutoff:.2e} "
-                f"(sqrt(max(K, D)) x ulp x largest){'' if self._top is None else f' and top={self._top}'}; directions below "
-                f"are rounding noise. Ask for at most {rank}."
+                f"(sqrt(max(K, D)) x ulp x largest){'' if self._top is None else f' and top={self._top}'}; directions "
+                f"below are rounding noise. Ask for at most {rank}."
             )
         values, vectors = self._decomposition
         if self.components > self.dim:

@@ -26,9 +26,9 @@ class LowRankGGN(Quantity):
         groups: ``None``: one GGN of all parameters. ``"layer"``: one per module. A mapping: one per named group of
             parameter names. With groups the result is a dict ``{group: LowRank}``, all from one pass.
         memory: most bytes for V (N·C·D numbers, all mini-batches together).
-        matrix_free: with ``top``: ``True`` works through the network's graph instead of V (`MatrixFreeGGN`), ``None``
-            does so where V exceeds ``memory``. For `curvature` only: in BackPACK's gesture the graph is gone after
-            ``backward()``.
+        matrix_free: with ``top``: work through the network's graph instead of V (`MatrixFreeGGN`), faster and smaller,
+            without trace, log-determinant and samples. Default: so in `curvature` (without groups), not in BackPACK's
+            gesture, where the graph is gone after ``backward()``.
     """
 
     field = "ggn"
@@ -67,8 +67,8 @@ class LowRankGGN(Quantity):
         """Both kinds of columns; only the gradient's where V is not built."""
         entries = sum(p.numel() * p.element_size() for p in parameters.values())
         need = entries * len(output) * (at_batch.factor.columns_per_sample + 1)
-        plain = self.top is not None and self.groups is None
-        self._free = self.matrix_free if self.matrix_free is not None else plain and need > self.memory
+        able = self.top is not None and self.groups is None and self.graph_survives
+        self._free = able if self.matrix_free is None else self.matrix_free
         if not self._free and need > self.memory:
             raise ValueError(
                 f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={len(output)}, {at_batch.factor.columns_per_sample} "

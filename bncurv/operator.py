@@ -59,9 +59,9 @@ class BatchOperator:
 class MatrixFreeGGN(LowRank):
     """The leading eigenpairs of G, and G itself through the network: `LowRank` with ``matrix_free=True``.
 
-    Products (``@``, ``to_scipy``), ``solve`` (conjugate gradients), `density` (stochastic Lanczos), slopes and curvatures
-    use the whole G; eigenvalues, eigenvectors and Newton steps along directions its ``top`` leading part. What needs the
-    whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
+    Products (``@``, ``to_scipy``), ``solve`` (conjugate gradients), `density` (stochastic Lanczos), slopes and
+    curvatures use the whole G; eigenvalues, eigenvectors and Newton steps along directions its ``top`` leading part.
+    What needs the whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
 
     Args:
         operators: one per mini-batch; G is their mean.

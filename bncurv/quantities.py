@@ -39,6 +39,7 @@ class Quantity(BackpropExtension):
     def __init__(self) -> None:
         super().__init__(self.field, {}, fail_mode="SILENT")
         self.runs = 0
+        self.graph_survives = False  # whether the graph outlives the call that feeds this quantity
 
     def expects_backpropagation_quantities(self) -> bool:
         """BackPACK need not propagate anything for us."""

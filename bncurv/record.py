@@ -100,17 +100,17 @@ def _check_pair(name: str, kind: str, x: Tensor, expected: Tensor, y: Tensor) ->
         a, b = pairs[wrong[0]]
         problem = f"{wrong[0]} by {float((a - b).abs().max()):.2e} (largest difference)"
     raise ValueError(
-        f"The pair registered for {kind} does not reproduce module '{name}': it misses the {problem}. apply(module, x, copies) "
-        "with copies = stats(module, x) expanded to one per sample must equal module(x). Correct the pair given to "
-        "bncurv.register_coupled."
+        f"The pair registered for {kind} does not reproduce module '{name}': it misses the {problem}. "
+        "apply(module, x, copies) with copies = stats(module, x) expanded to one per sample must equal module(x). "
+        "Correct the pair given to bncurv.register_coupled."
     )
 
 
 def _plain_wanted() -> bool:
     """Whether a BatchNorm must run ungated: where PyTorch differentiates it otherwise than by one recorded graph.
 
-    Inside ``torch.utils.checkpoint`` the second run must save the same tensors; ``torch.func`` transforms and forward-mode
-    differentiation have rules for PyTorch's own BatchNorm only.
+    Inside ``torch.utils.checkpoint`` the second run must save the same tensors; ``torch.func`` transforms and
+    forward-mode differentiation have rules for PyTorch's own BatchNorm only.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     checkpointing = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
@@ -162,7 +162,8 @@ class Recorder(TorchFunctionMode):
         if id(module) in self._names:
             self._stack.append(self._names[id(module)])
 
-    def _leave_module(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def _leave_module(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
+        kwargs, output = rest if len(rest) == 2 else ({}, None)  # after a failed forward PyTorch drops an argument
         if id(module) not in self._names:
             return None
         pair = COUPLED.get(type(module))

@@ -92,7 +92,7 @@ def test_directional_derivatives_and_newton(case):
 
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_top(case):
-    full, top = low_rank(case), low_rank(case, top=2)
+    full, top = low_rank(case), low_rank(case, top=2, matrix_free=False)
     assert torch.allclose(top.eigenvalues, full.eigenvalues[:2], rtol=1e-9)
     assert float(top.residuals().max()) <= 1e-8 * float(top.eigenvalues[0])
 
@@ -103,6 +103,17 @@ def test_sample_covariance():
     x = flat_rows(draws)
     want = ggn.solve(torch.eye(ggn.dim, dtype=ggn.dtype), 0.5)
     assert float((x.T @ x / len(x) - want).norm()) <= 0.06 * float(want.norm())
+
+
+def test_top_in_the_context_keeps_v():
+    case = next(c for c in MODELS if c.name == "residual_cnn")
+    model, loss_fn, X, y = case.build()
+    ggn = LowRankGGN(top=2)
+    bncurv.extend(model), bncurv.extend(loss_fn)
+    with backpack(ggn):
+        loss_fn(model(X), y).backward()
+    assert torch.allclose(ggn.result.eigenvalues, low_rank(case).eigenvalues[:2], rtol=1e-9)
+    assert torch.allclose(ggn.result.trace, low_rank(case).trace)
 
 
 def test_groups():
@@ -201,17 +212,22 @@ def test_matrix_free(case):
     assert torch.allclose(free.slopes(2).sum(0).abs(), full.slopes(2).sum(0).abs(), rtol=1e-5, atol=1e-8)
     assert torch.allclose(free.curvatures(2), full.curvatures(2), rtol=1e-5, atol=1e-8)
     assert torch.allclose(free.gradient, full.gradient, rtol=1e-9, atol=1e-12)
-    for refused in (lambda: free.trace, lambda: free.logdet(1.0), lambda: free.sample(1.0), lambda: free.frobenius_norm):
+    for refused in (
+        lambda: free.trace,
+        lambda: free.logdet(1.0),
+        lambda: free.sample(1.0),
+        lambda: free.frobenius_norm,
+    ):
         with pytest.raises(NotImplementedError, match="needs all rows of V"):
             refused()
 
 
-def test_matrix_free_over_batches_and_where_memory_is_short():
+def test_matrix_free_over_batches_is_the_default_for_top():
     case = next(c for c in MODELS if c.name == "mlp_bn")
     model, loss_fn, X, y = case.build()
     half = len(X) // 2
     batches = [(X[:half], y[:half]), (X[half:], y[half:])]
-    ggn = curvature(model, loss_fn, batches, LowRankGGN(top=2, memory=100)).ggn
+    ggn = curvature(model, loss_fn, batches, LowRankGGN(top=2)).ggn
     G = sum(reference.ggn(model, loss_fn, *b) for b in batches) / 2
     assert isinstance(ggn, bncurv.MatrixFreeGGN)
     assert torch.allclose(ggn.eigenvalues, torch.linalg.eigvalsh(G).flip(0)[:2], rtol=1e-9)
