@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from bncurv.engine import Engine
 
 CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
-DENSE_BYTES = 8 * 2**20  # the same in the dense way, where more is slower
+DENSE_BYTES = 32 * 2**20  # the same in the dense way
 RIGHT_BYTES = 512 * 2**20  # unfolded inputs of all layers kept for reuse
 DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
 ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
 ROW_ENTRY = 60.0  # one entry of V: written, corrected, squared
+COUPLED = 1.25  # the coupled way's smaller products run at a lower rate
 CALL = 2e6  # one layer in one call of the engine
 
 
@@ -72,7 +73,7 @@ class Costs:
             if directions * p.numel() * self._itemsize > 4 * DIRECTION_BYTES:
                 return float("inf")  # one parameter's P alone does not fit
             cost += components * p.numel() * (2.0 * directions + ROW_ENTRY)
-        return cost + (self.dense() if slow else 0.0)
+        return COUPLED * cost + (self.dense() if slow else 0.0)
 
     def direction_entries(self, name: str) -> int:
         """Rows of P that a parameter needs: the statistics above it but for those directly above."""
@@ -102,7 +103,7 @@ class Costs:
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return min(16, max(1, int(DENSE_BYTES // max(1, self._bytes(-1)))))
+        return min(64, max(1, int(DENSE_BYTES // max(1, self._bytes(-1)))))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""

@@ -235,7 +235,7 @@ class Engine:
         pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
         if count > 1 and not torch.is_anomaly_enabled():
             try:
-                return [_dense(g) for g in pull(outputs, edges, cotangents, is_grads_batched=True)]
+                return _batched(pull, outputs, edges, cotangents)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
@@ -384,6 +384,21 @@ class Engine:
         if self.chunk_size:
             return chunks(self.samples, max(1, self.chunk_size // count))
         return chunks(self.samples, self.costs.row_chunk(name, count))
+
+
+def _batched(
+    pull: Callable[..., tuple], outputs: list[Tensor], edges: Sequence[GradientEdge | Tensor], cotangents: list[Tensor]
+) -> list[Tensor | None]:
+    """All cotangents in one vectorised pass; ``torch.vmap`` has rules where ``is_grads_batched`` falls back to loops."""
+    reached: list[bool] = []
+
+    def one(*cotangent: Tensor) -> list[Tensor]:
+        got = pull(outputs, edges, cotangent)
+        reached[:] = [g is not None for g in got]
+        return [g for g in got if g is not None]
+
+    found = iter(torch.vmap(one)(*cotangents))
+    return [next(found) if there else None for there in reached]
 
 
 def _dense(g: Tensor | None) -> Tensor | None:

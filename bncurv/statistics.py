@@ -162,9 +162,14 @@ class _BatchNorm(torch.autograd.Function):
         if ctx.gates.closed:
             return _per_channel(x, invstd if weight is None else invstd * weight) * g, *(None,) * 6
         mask = list(ctx.needs_input_grad[:3])
-        dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
-            ctx.kind, x, g, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve
-        )
+        if ctx.kind == 0:  # PyTorch's own kernel, which has a rule for batches of cotangents
+            dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+                g, x, weight, None, None, mean, invstd, True, ctx.eps, mask
+            )
+        else:
+            dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
+                ctx.kind, x, g, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve
+            )
         return *(t if needed else None for t, needed in zip((dx, dw, db), mask, strict=True)), None, None, None, None
 
 

@@ -1,0 +1,185 @@
+"""Growth on paper: passes, FLOPs and bytes of each quantity, for networks too large to try.
+
+    python experiments/growth.py [--write]
+
+Counts a network on PyTorch's meta device (nothing is computed), layer by layer in forward order: FLOPs of
+convolutions and linear layers, statistics of the BatchNorms, parameters. Prints a Markdown table; ``--write`` puts it
+into the README. For the small networks of the benchmark the counted passes are compared with those that bncurv reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
+from networks import NETWORKS  # noqa: E402
+
+import bncurv  # noqa: E402
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions beside a shortcut (He et al. 2016)."""
+
+    def __init__(self, fan_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        out = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(fan_in, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        same = fan_in == out and stride == 1
+        shortcut = [nn.Conv2d(fan_in, out, 1, stride, bias=False), nn.BatchNorm2d(out)]
+        self.shortcut = nn.Identity() if same else nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50() -> nn.Module:
+    """ResNet-50 for 224x224 images and 1000 classes."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    fan_in = 64
+    for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for i in range(count):
+            layers.append(Bottleneck(fan_in, width, stride if i == 0 else 1))
+            fan_in = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(fan_in, 1000))
+
+
+@dataclass
+class Count:
+    """What a forward pass of one sample costs, and what lies above what.
+
+    Attributes:
+        flops: of one sample's forward pass; a backward pass with parameter products is twice that.
+        statistics: R.
+        parameters: D.
+        below: Σ over statistics of the backward FLOPs of the layers below, per sample (the direct one: no product).
+        directions: Σ over parameters of the directions kept for them (entries of P).
+        passing: statistics that need a pass (all but those of a first BatchNorm).
+    """
+
+    flops: float = 0.0
+    statistics: int = 0
+    parameters: int = 0
+    below: float = 0.0
+    directions: float = 0.0
+    passing: int = 0
+    layers: list[tuple[float, int]] = field(default_factory=list)  # FLOPs and parameters of the linear layers so far
+
+
+def count(network: nn.Module, sample: Tensor) -> Count:
+    """Count a network on one sample, in forward order (parallel branches one after the other)."""
+    result, handles = Count(), []
+
+    def linear(module: nn.Module, args: tuple, output: Tensor) -> None:
+        weight = module.weight
+        flops = 2.0 * output[0].numel() * weight[0].numel()
+        result.flops += flops
+        result.layers.append((flops, sum(p.numel() for p in module.parameters())))
+
+    def norm(module: nn.Module, args: tuple, output: Tensor) -> None:
+        size, earlier, (direct, _) = 2 * module.num_features, result.layers[:-1], result.layers[-1]
+        result.below += size * (direct + sum(2 * flops for flops, _ in earlier)) if earlier else 0.0
+        result.directions += size * sum(p for _, p in earlier)
+        result.passing += size if earlier else 0
+        result.statistics += size
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            handles.append(module.register_forward_hook(linear))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            handles.append(module.register_forward_hook(norm))
+    network(torch.cat([sample, sample]))
+    for handle in handles:
+        handle.remove()
+    result.parameters = sum(p.numel() for p in network.parameters())
+    return result
+
+
+def human(value: float, unit: str) -> str:
+    """A number with a metric prefix."""
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def rows(c: Count, n: int, classes: int, draws: int = 100, products: int = 40) -> list[list[str]]:
+    """One line per quantity: passes, FLOPs, bytes beyond the network's own (float32)."""
+    k, one, d = n * (classes - 1), 2 * c.flops * n, c.parameters
+    return [
+        ["one gradient", "1", human(1.5 * one, "FLOP"), human(4 * d, "B")],
+        [f"`DiagGGNMC({draws})`", f"{draws}", human(draws * one, "FLOP"), human(4 * d, "B")],
+        ["top 10 eigenpairs, matrix-free", f"{2 * products}", human(2 * products * one, "FLOP"), human(80 * d, "B")],
+        ["`ComponentGrad`, dense", f"{n}", human(n * one, "FLOP"), human(4.0 * n * d, "B")],
+        ["`DiagGGNExact`, plain passes", f"{k}", human(k * one, "FLOP"), human(8 * d, "B")],
+        [
+            "`DiagGGNExact`, coupled",
+            f"{classes - 1 + c.passing}",
+            human((classes - 1) * one + n * c.below + 2.0 * k * c.directions, "FLOP"),
+            human(4 * c.directions, "B") + " of P, 2 GiB at once",
+        ],
+        ["whole spectrum from V", "as diagonal", human(2.0 * k * k * d, "FLOP") + " more", human(4.0 * k * d, "B")],
+    ]  # fmt: skip
+
+
+def table(title: str, lines: list[list[str]]) -> str:
+    """A Markdown table under a title."""
+    header = ["quantity", "backward passes", "work", "memory"]
+    cells = [header, ["---"] * len(header), *lines]
+    return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def check() -> list[str]:
+    """Counted passes of the coupled way against those that bncurv reports, for the benchmark's small networks."""
+    said = []
+    for name in ("mlp", "cnn", "vgg"):
+        network = NETWORKS[name].build(10)
+        shape, n = NETWORKS[name].shape, 16
+        X, y = torch.randn(n, *shape), torch.randint(10, (n,))
+        counted = 9 + count(network, X[:1]).passing
+        res = bncurv.curvature(network, nn.CrossEntropyLoss(), (X, y), bncurv.DiagGGNExact(), method="coupled")
+        said.append(f"{name} {counted}" if counted == res.passes else f"{name} {counted}, but bncurv took {res.passes}")
+    return said
+
+
+def main() -> int:
+    """Print (or write) the section."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into the README")
+    args = parser.parse_args()
+    with torch.device("meta"):
+        c = count(resnet50(), torch.empty(1, 3, 224, 224))
+    head = (
+        f"ResNet-50 at 224x224 (D = {human(c.parameters, 'parameters')}, R = {c.statistics} statistics, "
+        f"{human(c.flops, 'FLOP')} forward per sample)"
+    )
+    said = check()
+    text = "\n\n".join(
+        [
+            table(f"{head}, N = 256, C = 1000:", rows(c, 256, 1000)),
+            table("The same with C = 10 and N = 64 (fine-tuning):", rows(c, 64, 10)),
+            "Passes counted this way equal those that bncurv reports on the small networks: " + ", ".join(said) + ".",
+        ]
+    )
+    print(text)
+    if args.write:
+        begin, end = "<!-- growth:begin -->", "<!-- growth:end -->"
+        before, _, rest = README.read_text().partition(begin)
+        README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+    return int(any("but" in word for word in said))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
