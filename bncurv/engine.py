@@ -117,8 +117,10 @@ class Engine:
         self.chunk_size, self.keep_own = chunk_size, keep_own
         self.trace: Trace = trace(output, wanted.values())
         self.uses = self._find_uses()
+        self._calls = sorted({j for uses in self.uses.values() for j, _ in uses})
         self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self.calls_in(s.upstream)]
         self._columns = columns
+        self._direct = {j: self._find_direct(j) for j in self.couplings}
         self.costs = Costs(self, columns)
         self._tol = tol
         self.error: dict[str, float] = {}
@@ -143,8 +145,7 @@ class Engine:
 
     def calls_in(self, sites: int) -> list[int]:
         """Sites of a bit set that hold a wanted parameter's call, in forward order."""
-        wanted = {j for uses in self.uses.values() for j, _ in uses}
-        return [j for j in sorted(wanted) if sites >> j & 1]
+        return [j for j in self._calls if sites >> j & 1]
 
     def _without_product(self) -> list[str]:
         """Parameters that must go the dense way: used outside the table, or in a layer with no sample axis."""
@@ -161,6 +162,9 @@ class Engine:
 
     def direct(self, j: int) -> int | None:
         """The site whose output is coupling ``j``'s input, entry by entry, if channels lead its parameters' axes."""
+        return self._direct[j]
+
+    def _find_direct(self, j: int) -> int | None:
         coupling, below = self.trace.sites[j].mark.coupling, self.trace.sites[j].mark.below
         if not isinstance(coupling, BatchNormCoupling):
             return None
@@ -389,7 +393,7 @@ class Engine:
 def _batched(
     pull: Callable[..., tuple], outputs: list[Tensor], edges: Sequence[GradientEdge | Tensor], cotangents: list[Tensor]
 ) -> list[Tensor | None]:
-    """All cotangents in one vectorised pass; ``torch.vmap`` has rules where ``is_grads_batched`` falls back to loops."""
+    """All cotangents in one vectorised pass; ``torch.vmap`` has rules where ``is_grads_batched`` loops."""
     reached: list[bool] = []
 
     def one(*cotangent: Tensor) -> list[Tensor]:

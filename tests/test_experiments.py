@@ -83,3 +83,34 @@ def test_a_wrong_value_fails_its_check(demo: ModuleType) -> None:
     assert demo.Check("", 0.1, 0.2).passed and not demo.Check("", 0.3, 0.2).passed
     assert demo.Check("", 0.3, 0.2, at_least=True).passed
     assert not demo.Check("", float("nan"), 0.2).passed
+
+
+def run_script(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+
+
+def test_growth_counts_the_passes_that_are_taken() -> None:
+    done = run_script(str(EXPERIMENTS / "growth.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ResNet-50" in done.stdout and "but bncurv took" not in done.stdout
+
+
+def test_benchmark_runs_and_its_table_and_plot_are_made(tmp_path: Path) -> None:
+    bench = EXPERIMENTS / "benchmark"
+    grid = ["--nets", "cnn", "--sizes", "8,16", "--jobs", "diag", "--chunks", "16"]
+    effort = ["--budget", "3", "--patience", "0", "--repeats", "1", "--min-time", "0.01", "--threads", "1"]
+    done = run_script(str(bench / "run.py"), *grid, *effort, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = tmp_path / "results.json"
+    table = run_script(str(bench / "table.py"), str(results), "--brief")
+    assert table.returncode == 0, table.stderr
+    assert "| cnn | 8 |" in table.stdout and "| cnn | 16 |" in table.stdout
+    plot = run_script(str(bench / "plot.py"), str(results))
+    assert plot.returncode == 0, plot.stdout + plot.stderr
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_tolerance_claims_the_error_that_it_makes() -> None:
+    done = run_script(str(EXPERIMENTS / "tolerance.py"), "--batch-size", "24", "--epochs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| 0.01 |" in done.stdout

@@ -9,7 +9,7 @@ from peers import Competitor, Outcome, Runner
 from problem import TOP, Problem
 
 
-def _quantity(job: str, problem: Problem, matrix_free: bool = False) -> Any:
+def _quantity(job: str, problem: Problem, matrix_free: bool | None) -> Any:
     """The quantity that answers a job."""
     import bncurv
 
@@ -40,7 +40,7 @@ def _value(job: str, results: Any, problem: Problem) -> Any:
     return torch.cat([by_name[name].flatten(lead) for name in problem.names], dim=-1)
 
 
-def _runner(job: str, method: str, matrix_free: bool = False) -> Runner:
+def _runner(job: str, method: str) -> Runner:
     """A call of ``bncurv.curvature`` with one method."""
 
     def run(problem: Problem, chunk: int | None, limit: int | None) -> Outcome:
@@ -50,7 +50,7 @@ def _runner(job: str, method: str, matrix_free: bool = False) -> Runner:
             problem.model,
             problem.loss_fn,
             (problem.X, problem.y),
-            _quantity(job, problem, matrix_free),
+            _quantity(job, problem, None if method == "auto" else False),  # auto: what a user gets
             method=method,
             chunk_size=chunk,
         )
@@ -63,10 +63,7 @@ def _runner(job: str, method: str, matrix_free: bool = False) -> Runner:
 def ours(job: str) -> list[Competitor]:
     """The coupled, the dense and the automatic way (Monte Carlo has only one)."""
     methods = ("auto",) if job == "mc" else ("coupled", "dense", "auto")
-    found = [Competitor(f"bncurv {m}", "ours", _runner(job, m)) for m in methods]
-    if job == "top10":
-        found.append(Competitor("bncurv matrix-free", "ours", _runner(job, "auto", matrix_free=True)))
-    return found
+    return [Competitor(f"bncurv {m}", "ours", _runner(job, m)) for m in methods]
 
 
 def available() -> bool:

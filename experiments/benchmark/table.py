@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,23 @@ def summary(cells: list[list[Row]]) -> str:
     return table(header, lines)
 
 
+def brief(cells: list[list[Row]]) -> str:
+    """The README's columns: best peer and bncurv's automatic way."""
+    header = ["net", "N", "best peer (its chunk)", "time", "bncurv", "ratio", "passes", "MiB", "GFLOP/s"]
+    lines = []
+    for rows in cells:
+        peer, mine = best(rows, "peer"), best(rows, "ours", "auto")
+        theirs, own = peer or {}, mine or {}
+        pairs = [
+            f"{number(theirs.get(key), form)} / {number(own.get(key), form)}"
+            for key, form in (("passes", "d"), ("peak_mib", ".0f"), ("gflops", ".0f"))
+        ]
+        lines.append(
+            [rows[0]["net"], str(rows[0]["n"]), _way(peer), seconds(peer), seconds(mine), ratio(peer, mine), *pairs]
+        )
+    return table(header, lines)
+
+
 def _way(row: Row | None) -> str:
     """Name and chunk of a peer, the way that auto took."""
     if row is None:
@@ -111,29 +130,61 @@ def everything(cells: list[list[Row]]) -> str:
     return table(header, lines)
 
 
+def exponents(rows: list[Row]) -> str:
+    """Growth of the time with N between 128 and the largest N, for bncurv and the best peer, per network."""
+    said = []
+    for net, group in groupby(rows, key=lambda r: r["net"]):
+        cells = [list(g) for _, g in groupby(group, key=lambda r: r["n"])]
+        slopes = []
+        for kind, name in (("ours", "auto"), ("peer", "")):
+            points = [(c[0]["n"], clock(row)) for c in cells if c[0]["n"] >= 128 and (row := best(c, kind, name))]
+            if len(points) > 1:
+                (n0, t0), (n1, t1) = points[0], points[-1]
+                slopes.append(f"{math.log(t1 / t0) / math.log(n1 / n0):.2f}")
+        if len(slopes) == 2:
+            said.append(f"{net} {slopes[0]} (best peer {slopes[1]})")
+    return "Exponent of the time's growth with N, from N = 128 on: " + ", ".join(said) + "."
+
+
+def text(content: dict[str, Any], jobs: list[str], form: Callable[[list[list[Row]]], str]) -> str:
+    """Environment line and one table per job."""
+    global WALL
+    env, settings = content["environment"], content["settings"]
+    WALL = settings["clock"] == "wall"
+    where = env["cpu"] if env["device"] == "cpu" else env["device"]
+    parts = [
+        f"{where}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}, "
+        f"GEMM {env['gemm_gflops']:.0f} GFLOP/s, {settings['clock']} clock, {env['date']}. Times are medians; "
+        "~ is extrapolated from a part of the columns, ? had few quiet moments on a shared machine."
+    ]
+    for job in jobs:
+        rows = [row for row in content["rows"] if row["job"] == job]
+        rows.sort(key=lambda r: (r["net"], r["n"]))
+        cells = [list(g) for _, g in groupby(rows, key=lambda r: (r["net"], r["n"]))]
+        if cells:
+            parts.append(f"**{TITLES[job]}**\n\n{form(cells)}")
+            if job == "diag":
+                parts.append(exponents(rows))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    """Print one table per job."""
+    """Print one table per job, or put the brief ones into the README."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=here / "results" / "results.json")
     parser.add_argument("--full", action="store_true", help="every competitor")
-    parser.add_argument("--jobs", type=lambda s: s.split(","), help=",".join(TITLES))
+    parser.add_argument("--brief", action="store_true", help="fewer columns")
+    parser.add_argument("--write", action="store_true", help="put the brief tables into the README")
+    parser.add_argument("--jobs", type=lambda s: s.split(","), default=list(TITLES), help=",".join(TITLES))
     args = parser.parse_args()
-    content = json.loads(args.file.read_text())
-    env, settings = content["environment"], content["settings"]
-    global WALL
-    WALL = settings["clock"] == "wall"
-    where = env["cpu"] if env["device"] == "cpu" else env["device"]
-    print(
-        f"{where}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}, "
-        f"GEMM {env['gemm_gflops']:.0f} GFLOP/s, {settings['clock']} clock, {env['date']}. "
-        "Times are medians; ~ is extrapolated from a part of the columns."
-    )
-    for job in args.jobs or TITLES:
-        rows = [row for row in content["rows"] if row["job"] == job]
-        cells = [list(g) for _, g in groupby(rows, key=lambda r: (r["net"], r["n"]))]
-        if cells:
-            print(f"\n### {TITLES[job]}\n\n" + (everything if args.full else summary)(cells))
+    form = everything if args.full else brief if args.brief or args.write else summary
+    found = text(json.loads(args.file.read_text()), args.jobs, form)
+    print(found)
+    if args.write:
+        readme, begin, end = here.parents[1] / "README.md", "<!-- bench:begin -->", "<!-- bench:end -->"
+        before, _, rest = readme.read_text().partition(begin)
+        readme.write_text(f"{before}{begin}\n{found}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
