@@ -32,13 +32,12 @@ class LowRank:
         top: compute only so many eigenpairs (Lanczos on the rows); ``None``: all.
     """
 
-    def __init__(self, rows: dict[str, Tensor], gradients: dict[str, Tensor], top: int | None = None) -> None:
+    def __init__(self, rows: dict[str, Tensor], gradients: Mapping[str, Tensor], top: int | None = None) -> None:
         self._rows, self._gradients, self._top = rows, gradients, top
         self.names = list(rows)
         self.shapes = {name: r.shape[1:] for name, r in rows.items()}
         first = next(iter(rows.values()))
         self.components, self.dtype, self.device = len(first), first.dtype, first.device
-        self.samples = len(next(iter(gradients.values()))) if gradients else 0
         self.dim = sum(shape.numel() for shape in self.shapes.values())
 
     def __repr__(self) -> str:
@@ -260,7 +259,7 @@ class LowRank:
     @property
     def gradient(self) -> Tensor:
         """Gradient of the loss, flat ``[D]``: the sum of the per-component gradients."""
-        return torch.cat([g.sum(0).reshape(-1) for g in self._gradients.values()])
+        return torch.cat([self._gradients[name].sum(0).reshape(-1) for name in self.names])
 
     def slopes(self, k: int | None = None) -> Tensor:
         """γ[n, d] = g_n · e_d, ``[N, k]``: first derivatives of the components along the eigenvectors.
@@ -268,11 +267,12 @@ class LowRank:
         They sum over n to the slope of the loss along e_d (ViViT's γ, whose samples average instead).
         """
         parts = self.unit_vectors(k).split([shape.numel() for shape in self.shapes.values()])
-        return sum(_flat(g) @ e for g, e in zip(self._gradients.values(), parts, strict=True))
+        return sum(_flat(self._gradients[n]) @ e for n, e in zip(self.names, parts, strict=True))
 
     def curvatures(self, k: int | None = None) -> Tensor:
         """λ[n, d] = e_d · G_n e_d = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; they sum over n to the eigenvalues."""
-        return self._up(self.unit_vectors(k)).square().unflatten(0, (self.samples, -1)).sum(1)
+        samples = len(self._gradients[self.names[0]])
+        return self._up(self.unit_vectors(k)).square().unflatten(0, (samples, -1)).sum(1)
 
     def newton_step(
         self, damping: Damping, directions: int | Callable[[Tensor], Sequence[int]] | None = None

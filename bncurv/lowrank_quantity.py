@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class LowRankGGN(Quantity):
         keys = [] if self._free else ["factor"] if self._weights is not None else list(self.pulls)
         return {
             key: {
-                n: torch.zeros((samples, columns[key], *p.shape), dtype=p.dtype, device=p.device)
+                n: torch.empty((samples, columns[key], *p.shape), dtype=p.dtype, device=p.device)
                 for n, p in parameters.items()
             }
             for key in keys
@@ -103,23 +103,26 @@ class LowRankGGN(Quantity):
         operator, self._operator = self._operator, None
         if operator is not None:
             return {self.field: (operator, {})}
+        gradients: Mapping[str, Tensor]
         if self._weights is None:
             gradients = {name: g[:, 0] for name, g in state["gradient"].items()}
         else:
-            gradients = {name: torch.einsum("nc,nc...->n...", self._weights, v) for name, v in state["factor"].items()}
+            gradients = WeightedRows(self._weights, state["factor"])
         return {self.field: ({name: v.flatten(0, 1) for name, v in state["factor"].items()}, gradients)}
 
     def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """Mean of GGNs: rows of V concatenated and divided by √B, gradients by B."""
         count, (rows, gradients) = len(batches), zip(*(b[self.field] for b in batches), strict=True)
-        mean = {n: torch.cat([g[n] for g in gradients]) / count for n in gradients[0]}
         if isinstance(rows[0], BatchOperator):
             assert self.top is not None  # matrix-free only with top
             return {self.field: MatrixFreeGGN(list(rows), self.top)}
-        scaled = {n: torch.cat([r[n] for r in rows]) * count**-0.5 for n in rows[0]} if count > 1 else rows[0]
+        if count == 1:
+            return {self.field: self._assemble(rows[0], gradients[0])}
+        scaled = {n: torch.cat([r[n] for r in rows]) * count**-0.5 for n in rows[0]}
+        mean = {n: torch.cat([g[n] for g in gradients]) / count for n in rows[0]}
         return {self.field: self._assemble(scaled, mean)}
 
-    def _assemble(self, rows: dict[str, Tensor], gradients: dict[str, Tensor]) -> Any:
+    def _assemble(self, rows: dict[str, Tensor], gradients: Mapping[str, Tensor]) -> Any:
         if self.groups is None:
             return LowRank(rows, gradients, self.top)
         groups: dict[str, list[str]] = {}
@@ -132,10 +135,7 @@ class LowRankGGN(Quantity):
             unknown = [n for n in names if n not in rows]
             if unknown or not names:
                 raise ValueError(f"group '{group}' names {unknown or 'nothing'}; the parameters are {list(rows)}.")
-        return {
-            group: LowRank({n: rows[n] for n in names}, {n: gradients[n] for n in names}, self.top)
-            for group, names in groups.items()
-        }
+        return {group: LowRank({n: rows[n] for n in names}, gradients, self.top) for group, names in groups.items()}
 
     def deliver(self, fields: dict[str, Any], parameters: Parameters) -> None:
         """Keep the result on this object."""
@@ -149,6 +149,22 @@ class LowRankGGN(Quantity):
     def withdraw(self, parameters: Parameters) -> None:
         """Forget it."""
         self._result = None
+
+
+class WeightedRows(Mapping[str, Tensor]):
+    """Per-component gradients ``{name: [N, *p]}`` as weighted rows of V, computed when asked for."""
+
+    def __init__(self, weights: Tensor, rows: dict[str, Tensor]) -> None:
+        self._weights, self._rows = weights, rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.einsum("nc,nc...->n...", self._weights, self._rows[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def gradient_weights(at_batch: LossAtBatch) -> Tensor | None:

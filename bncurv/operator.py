@@ -72,7 +72,6 @@ class MatrixFreeGGN(LowRank):
         self._operators = operators
         parameters = operators[0].parameters
         super().__init__({name: p.detach()[None][:0] for name, p in parameters.items()}, {}, top)
-        self.samples = sum(len(op.at_batch.gradient) for op in operators)
         if top >= self.dim:
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
         operator = self.to_scipy()

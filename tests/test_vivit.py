@@ -8,7 +8,7 @@ import torch
 from backpack import backpack
 from backpack import extend as backpack_extend
 from torch import nn
-from vivit import EigvalshComputation, EighComputation
+from vivit import EighComputation, EigvalshComputation
 
 from bncurv import LowRankGGN, curvature
 
@@ -17,12 +17,10 @@ pytestmark = pytest.mark.usefixtures("symeig")
 
 @pytest.fixture
 def symeig(monkeypatch):
-    monkeypatch.setattr(
-        torch.Tensor,
-        "symeig",
-        lambda self, eigenvectors=False: torch.linalg.eigh(self) if eigenvectors else (torch.linalg.eigvalsh(self), None),
-        raising=False,
-    )
+    def symeig(self, eigenvectors=False):
+        return torch.linalg.eigh(self) if eigenvectors else (torch.linalg.eigvalsh(self), None)
+
+    monkeypatch.setattr(torch.Tensor, "symeig", symeig, raising=False)
 
 
 def network():
