@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
 DENSE_BYTES = 32 * 2**20  # the same in the dense way
-RIGHT_BYTES = 512 * 2**20  # unfolded inputs of all layers kept for reuse
+RIGHT_BYTES = 256 * 2**20  # unfolded inputs of all layers kept for reuse
 DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
 ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
@@ -99,7 +99,7 @@ class Costs:
 
     def column_chunk(self) -> int:
         """Columns of the loss pulled back at once in the coupled way."""
-        return max(1, int(CHUNK_BYTES * 8 // max(1, self._bytes(-1))))
+        return max(1, int(CHUNK_BYTES // max(1, self._bytes(-1))))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
