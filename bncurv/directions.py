@@ -110,9 +110,8 @@ class Directions:
         between: dict[int, list[Tensor]] = {i: [] for i in lower}
         for q in chunks(len(eye), engine.chunk_size or engine.costs.direction_chunk(j)) if sites else ():
             deltas = engine.closed_vjp(statistics, sites, eye[q].view(-1, *statistics.shape))
-            rows = engine.summed(sites, deltas)
-            for name in names:
-                products[name].append(rows[name] if name in rows else engine.zeros(name, len(eye[q])))
+            for name, rows in engine.summed(names, sites, deltas, len(eye[q])).items():
+                products[name].append(rows)
             for i in lower:
                 d, coupling = deltas[sites.index(i)], engine.trace.sites[i].coupling
                 zero = eye.new_zeros(len(eye[q]), coupling.statistics.numel())
@@ -150,7 +149,7 @@ class TruncatedDirections:
 
     Attributes:
         error: estimated ‖ΔV‖_F by parameter name, over all sources together.
-        kept, total: number of directions kept, and of those with a non-zero singular value.
+        kept: number of directions kept.
     """
 
     def __init__(self, engine: Engine, sources: list[Source], tol: float, names: list[str]) -> None:
@@ -160,7 +159,6 @@ class TruncatedDirections:
         squares, U = squares.flip(0).clamp(min=0), U.flip(1)
         tail = squares.flip(0).cumsum(0).flip(0)  # Σ_{q >= r}
         self.kept = int((tail > tol**2 * tail[0]).sum())
-        self.total = int((squares > 1e-12 * squares[0]).sum())
         self._basis = U[:, : self.kept].to(a.dtype)
         self._products = self._pull(self._basis.T)
         signs = torch.randint(
@@ -192,9 +190,8 @@ class TruncatedDirections:
             split = directions[q].split([s.numel() for s in statistics], -1)
             cotangents = [part.reshape(-1, *s.shape) for part, s in zip(split, statistics, strict=True)]
             deltas = engine.vjp(statistics, engine.site_edges(sites), cotangents)
-            rows = engine.summed(sites, deltas)
-            for name in names:
-                parts[name].append(rows[name] if name in rows else engine.zeros(name, len(directions[q])))
+            for name, rows in engine.summed(names, sites, deltas, len(directions[q])).items():
+                parts[name].append(rows)
         return {name: torch.cat(p) for name, p in parts.items()}
 
     def read(self, delta: dict[int, Tensor | None], count: int) -> None:

@@ -244,7 +244,7 @@ class Engine:
                 raise
             except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
                 pass
-        rows = [[_dense(g) for g in pull(outputs, edges, [t[i] for t in cotangents])] for i in range(count)]
+        rows = [[_strided(g) for g in pull(outputs, edges, [t[i] for t in cotangents])] for i in range(count)]
         return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
 
     def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> list[Tensor | None]:
@@ -252,17 +252,18 @@ class Engine:
         with closed_gates(self.trace.sites):
             return self.vjp(output, self.site_edges(sites), cotangents)
 
-    def summed(self, sites: list[int], deltas: list[Tensor | None]) -> dict[str, Tensor]:
-        """Parameter products summed over the batch: ``[q, *p]`` per parameter used at ``sites``."""
+    def summed(self, names: list[str], sites: list[int], deltas: list[Tensor | None], count: int) -> dict[str, Tensor]:
+        """Parameter products of ``count`` cotangents at ``sites``, summed over the batch: ``[q, *p]`` per name."""
         cotangent = dict(zip(sites, deltas, strict=True))
         out: dict[str, Tensor] = {}
-        for name, uses in self.uses.items():
-            for j, role in uses:
+        for name in names:
+            for j, role in self.uses[name]:
                 delta = cotangent.get(j)
-                if delta is None:
-                    continue
-                rows = self.summed_product(j, role, delta)
-                out[name] = out[name] + rows if name in out else rows
+                if delta is not None:
+                    rows = self.summed_product(j, role, delta)
+                    out[name] = out[name] + rows if name in out else rows
+            if name not in out:
+                out[name] = self.zeros(name, count)
         return out
 
     def summed_product(self, j: int, role: str, delta: Tensor) -> Tensor:
@@ -405,7 +406,7 @@ def _batched(
     return [next(found) if there else None for there in reached]
 
 
-def _dense(g: Tensor | None) -> Tensor | None:
+def _strided(g: Tensor | None) -> Tensor | None:
     """An embedding's sparse gradient as an ordinary tensor."""
     return g if g is None or g.layout == torch.strided else g.to_dense()
 

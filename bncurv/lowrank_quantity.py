@@ -25,7 +25,7 @@ class LowRankGGN(Quantity):
         top: only so many leading eigenpairs (by Lanczos iterations); default: the whole spectrum.
         groups: ``None``: one GGN of all parameters. ``"layer"``: one per module. A mapping: one per named group of
             parameter names. With groups the result is a dict ``{group: LowRank}``, all from one pass.
-        memory: most bytes for V (N·C·D numbers, all mini-batches together).
+        memory: most bytes for V (N·C·D numbers) of a mini-batch.
         matrix_free: with ``top``: work through the network's graph instead of V (`MatrixFreeGGN`), faster and smaller,
             without trace, log-determinant and samples. Default: so in `curvature` (without groups), not in BackPACK's
             gesture, where the graph is gone after ``backward()``.
@@ -64,7 +64,7 @@ class LowRankGGN(Quantity):
         return self._result
 
     def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
-        """Both kinds of columns; only the gradient's where V is not built."""
+        """The factor; the gradient too where it is no combination of the factor's columns; nothing if matrix-free."""
         entries = sum(p.numel() * p.element_size() for p in parameters.values())
         need = entries * len(output) * (at_batch.factor.columns_per_sample + 1)
         able = self.top is not None and self.groups is None and self.graph_survives
