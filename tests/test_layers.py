@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backpack import backpack
-from cases import Net, case, labelled
+from cases import Net, bilinear_net, case, labelled
 from einops import rearrange
 from test_exact import assert_close
 from torch import Tensor, nn
@@ -329,16 +329,6 @@ def bilinear() -> Iterator[None]:
     del LAYERS[F.bilinear]
 
 
-def first_from_input() -> nn.Module:
-    return Net(
-        lambda net, x: net.out(net.bn(net.mix(x, net.first(x))).relu()),
-        first=nn.Linear(4, 3),
-        mix=nn.Bilinear(4, 3, 5),
-        bn=nn.BatchNorm1d(5),
-        out=nn.Linear(5, 3),
-    )
-
-
 def both_learnt() -> nn.Module:
     """Both inputs behind layers of their own, one of them normalised, without a bias."""
     return Net(
@@ -359,7 +349,7 @@ def same_twice() -> nn.Module:
     return Net(forward, first=nn.Linear(4, 3), bn=nn.BatchNorm1d(3), mix=nn.Bilinear(3, 3, 3))
 
 
-BILINEAR = [case(f.__name__, f, labelled(6, 4)) for f in (first_from_input, both_learnt, same_twice)]
+BILINEAR = [case(f.__name__, f, labelled(6, 4)) for f in (bilinear_net, both_learnt, same_twice)]
 
 
 @pytest.mark.parametrize("method", ["coupled", "dense", "auto"])
