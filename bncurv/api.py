@@ -88,7 +88,8 @@ def compute(
     if any(q.coupled_only for q in quantities) and method == "auto":
         method = "coupled"
     keep_own = any(q.coupled_only for q in quantities)
-    engine = Engine(output, wanted, method, total, chunk_size, bar.update, tol, keep_own)
+    squares = {key for key in columns if all(q.squares_only for q in quantities if key in asked[q.field])}
+    engine = Engine(output, wanted, method, total, chunk_size, bar.update, tol, keep_own, squares)
     mixed = sum(len(s.cotangents) for s in sources.values() if isinstance(s, Mixed))
     bar.total = (bar.total or 0) + engine.planned(total) + mixed
     states = {q.field: q.start(wanted, len(output), columns) for q in quantities}

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
 DENSE_BYTES = 32 * 2**20  # the same in the dense way
+WORTHWHILE = 6  # fewer backward passes than this are not done at once
 RIGHT_BYTES = 256 * 2**20  # unfolded inputs of all layers kept for reuse
 DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
+TALL = 128  # rows and directions from which on the correction is bound by arithmetic
 ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
 ROW_ENTRY = 60.0  # one entry of V: written, corrected, squared
 COUPLED = 1.25  # the coupled way's smaller products run at a lower rate
@@ -28,6 +30,12 @@ def chunks(total: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` that cover ``range(total)``."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
+
+
+def _batch(budget: int, each: int) -> int:
+    """How many backward passes to do at once; few large ones are faster one after the other."""
+    count = budget // max(1, each)
+    return count if count >= WORTHWHILE else 1
 
 
 class Costs:
@@ -59,7 +67,7 @@ class Costs:
 
     def coupled(self, slow: list[str]) -> float:
         """C columns through everything, R directions through what is below, the rows of V and their correction."""
-        engine, components = self._engine, self._engine.samples * self._columns
+        engine = self._engine
         cost = (self._columns + 2) * self._pass(-1, engine.calls_in(-1)) + 6 * CALL * len(self._calls)
         groups = self.groups([name for name in engine.wanted if name not in slow])
         cost *= len(groups)
@@ -68,47 +76,66 @@ class Costs:
             if sites:
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
                 cost += len(groups) * (count * self._pass(engine.trace.sites[j].upstream, sites) + CALL * calls)
-        for name, p in engine.wanted.items():
-            directions = self.direction_entries(name)
-            if directions * p.numel() * self._itemsize > 4 * DIRECTION_BYTES:
+        for name in engine.wanted:
+            if self._direction_bytes(name) > 4 * DIRECTION_BYTES:
                 return float("inf")  # one parameter's P alone does not fit
-            cost += components * p.numel() * (2.0 * directions + ROW_ENTRY)
+            cost += min(self._rows(name, self._columns), self._squares(name) if self._engine.squares else float("inf"))
         return COUPLED * cost + (self.dense() if slow else 0.0)
+
+    def _rows(self, name: str, columns: int) -> float:
+        """The rows of V of one parameter, corrected and squared."""
+        entries = self._engine.samples * columns * self._engine.wanted[name].numel()
+        return entries * (2.0 * self.direction_entries(name) + ROW_ENTRY)
+
+    def _squares(self, name: str) -> float:
+        """The sum of their squares, from the factors."""
+        if not self._engine.products.factors(name):
+            return float("inf")
+        directions = self.direction_entries(name)
+        products = 2.0 * (directions + 2) * (self._engine.samples + directions)
+        return self._engine.wanted[name].numel() * (products + ROW_ENTRY * (directions + 2))
+
+    def factored(self, name: str, columns: int) -> bool:
+        """Whether the squares of ``columns`` columns per sample are cheaper from factors than from rows."""
+        return self._squares(name) < self._rows(name, columns)
 
     def direction_entries(self, name: str) -> int:
         """Rows of P that a parameter needs: the statistics above it but for those directly above."""
         engine = self._engine
-        direct = [i for i, _ in engine.uses.get(name, ())]
-        return sum(
-            engine.trace.sites[j].coupling.statistics.numel()
-            for j in engine.above(name)
-            if engine.direct(j) not in direct
-        )
+        return sum(engine.trace.sites[j].coupling.statistics.numel() for j in engine.pulled_from(name))
+
+    def _direction_bytes(self, name: str) -> int:
+        """P of one parameter."""
+        return self._itemsize * self.direction_entries(name) * self._engine.wanted[name].numel()
 
     def groups(self, names: list[str]) -> list[list[str]]:
         """Parameters whose P is held at once, in forward order; a single one may exceed the budget."""
         found: list[list[str]] = []
         held = float("inf")
         for name in names:
-            size = self._itemsize * self.direction_entries(name) * self._engine.wanted[name].numel()
+            size = self._direction_bytes(name)
             if held + size > DIRECTION_BYTES:
                 found, held = [*found, []], 0.0
             found[-1].append(name)
             held += size
         return found
 
-    def column_chunk(self) -> int:
-        """Columns of the loss pulled back at once in the coupled way."""
-        return max(1, int(CHUNK_BYTES // max(1, self._bytes(-1))))
+    def column_chunk(self, names: list[str]) -> int:
+        """Columns of the loss pulled back at once in the coupled way, beside P of the parameters ``names``."""
+        held = sum(self._direction_bytes(name) for name in names)
+        return max(1, int(max(CHUNK_BYTES, held // 2) // max(1, self._bytes(-1))))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return min(64, max(1, int(DENSE_BYTES // max(1, self._bytes(-1)))))
+        return min(64, _batch(DENSE_BYTES, self._bytes(-1)))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        return max(1, int(CHUNK_BYTES // max(1, self._bytes(self._engine.trace.sites[j].upstream))))
+        return _batch(CHUNK_BYTES, self._bytes(self._engine.trace.sites[j].upstream))
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""
-        return max(1, int(ROW_BYTES // (self._itemsize * count * max(1, self._engine.wanted[name].numel()))))
+        rows = ROW_BYTES // (self._itemsize * max(1, self._engine.wanted[name].numel()))
+        if self.direction_entries(name) > TALL:
+            rows = max(rows, TALL)  # the correction's matrix product needs that many to run at its rate
+        return max(1, int(rows // count))

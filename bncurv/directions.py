@@ -28,12 +28,13 @@ class Correction:
     """Σ_q A[q, k] P[q] for one parameter.
 
     The statistics of the BatchNorm directly above a layer's output are a special case: the parameters of channel o feel
-    the statistics of channel o only, so that their P is kept per channel.
+    the statistics of channel o only, so that their P is kept per channel. Of its two moments the mean drops out where
+    the layer's input is centred (`Engine.centred`).
 
     Attributes:
         A: coefficients ``[n, c, R]`` (``None``: none).
         P: directions ``[R, *p]``.
-        direct: pairs of coefficients ``[n, c, 2, o]`` and directions ``[2, *p]``, o the parameter's axis 0.
+        direct: pairs of coefficients ``[n, c, moment, o]`` and directions ``[moment, *p]``, o the parameter's axis 0.
     """
 
     A: Tensor | None = None
@@ -47,7 +48,7 @@ class Correction:
             flat.addmm_(self.A[n].flatten(0, 1), self.P.reshape(len(self.P), -1))
         for a, p in self.direct:
             by_channel = rows.view(*rows.shape[:2], p.shape[1], -1)
-            for moment in range(2):
+            for moment in range(len(p)):
                 by_channel.addcmul_(a[n, :, moment, :, None], p[moment].reshape(p.shape[1], -1))
 
     def dense(self) -> tuple[Tensor, Tensor] | None:
@@ -55,8 +56,8 @@ class Correction:
         pairs = [] if self.A is None or self.P is None else [(self.A, self.P.reshape(len(self.P), -1))]
         for a, p in self.direct:
             eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
-            spread = torch.einsum("toi,oc->tcoi", p.reshape(2, p.shape[1], -1), eye)
-            pairs.append((a.flatten(2), spread.reshape(2 * p.shape[1], -1)))
+            spread = torch.einsum("toi,oc->tcoi", p.reshape(*p.shape[:2], -1), eye)
+            pairs.append((a.flatten(2), spread.flatten(0, 1).flatten(1)))
         if not pairs:
             return None
         return torch.cat([a for a, _ in pairs], -1), torch.cat([p for _, p in pairs])
@@ -73,65 +74,63 @@ class Directions:
 
     def __init__(self, engine: Engine, names: list[str], between: dict[int, dict[int, Tensor]] | None = None) -> None:
         self._engine = weakref.proxy(engine)  # no cycle: graphs die with the call
-        self._names = names
         self.between = dict(between or {})
         self._a: dict[int, Tensor] = {}
+        self._couplings = {name: engine.pulled_from(name) for name in names}  # in the order of the rows of P
+        self._products = {name: engine.products.zeros(name, engine.costs.direction_entries(name)) for name in names}
+        self._filled = dict.fromkeys(names, 0)
         self._direct: dict[str, list[tuple[int, Tensor]]] = {}
-        self._couplings: dict[str, list[int]] = {}  # in the order of the rows of P
-        parts: dict[str, list[Tensor]] = {}
         for j in engine.couplings:
-            for name, r in self._pull(j).items():
-                parts.setdefault(name, []).append(r)
-                self._couplings.setdefault(name, []).append(j)
+            self._pull(j)
             self._pull_direct(j)
-        self._products = {name: torch.cat(rows) for name, rows in parts.items()}
-
-    def _uses(self) -> list[tuple[str, int, str]]:
-        """Name, site and role of every use of the parameters at hand."""
-        return [(name, i, role) for name in self._names for i, role in self._engine.uses.get(name, ())]
 
     def _pull_direct(self, j: int) -> None:
         """P of the layer directly below a BatchNorm, all channels at once, without a pass."""
-        engine, site = self._engine, self._engine.direct(j)
-        for name, i, role in self._uses():
-            if i == site:
-                cotangents = engine.trace.sites[j].coupling.own_cotangents()
-                self._direct.setdefault(name, []).append((j, engine.summed_product(i, role, cotangents)))
+        products, site = self._engine.products, self._engine.direct(j)
+        for name in self._products:
+            for i, role in products.uses.get(name, ()):
+                if i == site:
+                    cotangents = self._engine.trace.sites[j].coupling.own_cotangents()
+                    cotangents = cotangents[1:] if i in products.centred else cotangents
+                    self._direct.setdefault(name, []).append((j, products.summed_at(i, role, cotangents)))
 
-    def _pull(self, j: int) -> dict[str, Tensor]:
+    def _pull(self, j: int) -> None:
         """P of coupling ``j``, its statistics pulled back one coordinate after the other; B too where still unknown."""
         engine, site = self._engine, self._engine.trace.sites[j]
-        statistics, below = site.coupling.statistics, engine.sites_below(j)
-        lower = [] if j in self.between else engine.couplings_in(site.upstream)
-        names = sorted({name for name, i, _ in self._uses() if i in below}, key=self._names.index)
-        sites = sorted({i for _, i, _ in self._uses() if i in below} | set(lower))
+        names = [n for n, above in self._couplings.items() if j in above and not engine.products.vanishes(n)]
+        statistics, lower = site.coupling.statistics, engine.couplings_in(site.upstream)
+        known = j in self.between
+        if not known:
+            widths = {i: engine.trace.sites[i].coupling.statistics.numel() for i in lower}
+            self.between[j] = {i: statistics.new_zeros(statistics.numel(), width) for i, width in widths.items()}
         eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
-        products: dict[str, list[Tensor]] = {name: [] for name in names}
-        between: dict[int, list[Tensor]] = {i: [] for i in lower}
-        for q in chunks(len(eye), engine.chunk_size or engine.costs.direction_chunk(j)) if sites else ():
-            deltas = engine.closed_vjp(statistics, sites, eye[q].view(-1, *statistics.shape))
-            for name, rows in engine.summed(names, sites, deltas, len(eye[q])).items():
-                products[name].append(rows)
-            for i in lower:
-                d, coupling = deltas[sites.index(i)], engine.trace.sites[i].coupling
-                zero = eye.new_zeros(len(eye[q]), coupling.statistics.numel())
-                between[i].append(zero if d is None else coupling.summed(d))
-        self.between.setdefault(j, {i: torch.cat(b) for i, b in between.items()})
-        return {n: torch.cat(r) for n, r in products.items()}
+        for q in chunks(len(eye), engine.chunk_size or engine.costs.direction_chunk(j)) if names or not known else ():
+            products, received = engine.from_statistics(j, eye[q].view(-1, *statistics.shape), names)
+            for name in names:
+                start = self._filled[name]
+                self._products[name][start + q.start : start + q.stop] = products[name]
+            for i, rows in received.items():
+                self.between[j][i][q] = rows
+        for name, above in self._couplings.items():
+            self._filled[name] += len(eye) if j in above else 0
 
     def read(self, delta: dict[int, Tensor | None], count: int) -> None:
         """Take A from the cotangents of ``count`` columns with closed gates."""
         a = self._a = read_coefficients(self._engine, delta, count)
+        self._joined: dict[tuple[int, ...], Tensor] = {}
         for upper in reversed(self._engine.couplings):
             for lower, b in self.between[upper].items():
-                a[lower] = a[lower] + a[upper] @ b
+                a[lower].flatten(0, 1).addmm_(a[upper].flatten(0, 1), b)
 
     def correction(self, name: str) -> Correction:
         """The correction of one parameter's rows for the columns last read."""
-        above = self._couplings.get(name)
-        A = torch.cat([self._a[j] for j in above], -1) if above else None
-        direct = tuple((self._a[j].unflatten(-1, (2, -1)), p) for j, p in self._direct.get(name, ()))
-        return Correction(A, self._products.get(name), direct)
+        above = tuple(self._couplings.get(name, ()))
+        if above and above not in self._joined:  # the same for all parameters of a layer
+            parts = [self._a[j] for j in above]
+            self._joined[above] = torch.cat(parts, -1) if parts[1:] else parts[0]
+        A, P = self._joined.get(above), self._products[name] if above else None
+        direct = tuple((self._a[j].unflatten(-1, (2, -1))[:, :, -len(p) :], p) for j, p in self._direct.get(name, ()))
+        return Correction(A, P, direct)
 
 
 class TruncatedDirections:
@@ -170,11 +169,9 @@ class TruncatedDirections:
 
     def _all_coefficients(self, source: Source) -> Tensor:
         engine, parts = self._engine, []
-        for c in chunks(source.columns_per_sample, engine.chunk_size or engine.costs.column_chunk()):
+        for c in chunks(source.columns_per_sample, engine.chunk_size or engine.costs.column_chunk([])):
             columns = source.columns(c)
-            delta = dict(
-                zip(engine.couplings, engine.closed_vjp(engine.output, engine.couplings, columns), strict=True)
-            )
+            delta = engine.closed_vjp(engine.output, engine.couplings, columns)
             a = read_coefficients(engine, delta, columns.shape[0])
             parts.append(torch.cat(list(a.values()), -1).flatten(0, 1))
         return torch.cat(parts)
@@ -183,15 +180,16 @@ class TruncatedDirections:
         """Directions ``[q, R]`` on all statistics, pulled back with open gates: ``[q, *p]`` per parameter."""
         engine = self._engine
         statistics = [engine.trace.sites[j].coupling.statistics for j in engine.couplings]
-        sites = sorted({i for name in self._names for i, _ in engine.uses.get(name, ())})
-        names = [name for name in self._names if engine.above(name)]
-        parts: dict[str, list[Tensor]] = {name: [engine.zeros(name, 0)] for name in names}
+        below = {i for j in engine.couplings for i in engine.calls_in(engine.trace.sites[j].upstream)}
+        names = [name for name in self._names if not engine.products.sites(name).isdisjoint(below)]
+        sites = sorted({i for name in names for i in engine.products.sites(name)})
+        parts: dict[str, list[Tensor]] = {name: [engine.products.zeros(name, 0)] for name in names}
         for q in chunks(len(directions), engine.chunk_size or engine.costs.dense_chunk()):
             split = directions[q].split([s.numel() for s in statistics], -1)
             cotangents = [part.reshape(-1, *s.shape) for part, s in zip(split, statistics, strict=True)]
-            deltas = engine.vjp(statistics, engine.site_edges(sites), cotangents)
-            for name, rows in engine.summed(names, sites, deltas, len(directions[q])).items():
-                parts[name].append(rows)
+            deltas = dict(zip(sites, engine.vjp(statistics, engine.site_edges(sites), cotangents), strict=True))
+            for name in names:
+                parts[name].append(engine.products.summed(name, deltas, len(directions[q])))
         return {name: torch.cat(p) for name, p in parts.items()}
 
     def read(self, delta: dict[int, Tensor | None], count: int) -> None:
@@ -212,6 +210,5 @@ def read_coefficients(engine: Engine, delta: dict[int, Tensor | None], count: in
         if d is None:
             a[j] = engine.output.new_zeros(engine.samples, count, coupling.statistics.numel())
         else:
-            rows = coupling.per_sample(d)  # [c, n·t, R]
-            a[j] = rows.reshape(count, engine.samples, -1, rows.shape[-1]).sum(2).transpose(0, 1)
+            a[j] = coupling.per_sample(d, engine.samples)
     return a

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.certificate import find_mixing
-from bncurv.costs import RIGHT_BYTES, Costs, chunks
+from bncurv.costs import Costs, chunks
 from bncurv.directions import Correction, Directions, TruncatedDirections
-from bncurv.layers import Product
+from bncurv.products import Products
 from bncurv.record import Site, Trace, trace
 from bncurv.statistics import BatchNormCoupling
 
@@ -79,6 +79,21 @@ class Rows(NamedTuple):
     own: Tensor | None = None
     correction: Correction | None = None
 
+    def sum_squares(self) -> Tensor:
+        """Σ_(n, c) V², ``[*p]``."""
+        return self.values.square().sum((0, 1))
+
+
+class Squares(NamedTuple):
+    """Σ_(n, c) V² ``[*p]`` of parameter ``name`` over all samples and some columns, for who needs no more of V."""
+
+    name: str
+    values: Tensor
+
+    def sum_squares(self) -> Tensor:
+        """Themselves."""
+        return self.values
+
 
 class Engine:
     """Pulls columns back through one recorded forward pass.
@@ -92,6 +107,7 @@ class Engine:
         tick: called with the number of backward passes just done.
         tol: relative tail of the coupling that may be dropped (``directions.py``); 0: none.
         keep_own: hand out the squared norm of the own part with each block.
+        squares: keys of the sources of which `Squares` are enough.
 
     Attributes:
         way: ``"coupled"`` or ``"dense"``.
@@ -111,38 +127,30 @@ class Engine:
         tick: Callable[[int], object] = int,
         tol: float = 0.0,
         keep_own: bool = False,
+        squares: Collection[str] = (),
     ) -> None:
         self.output, self.wanted, self.passes, self._tick = output, wanted, 0, tick
         self.samples = output.shape[0]
-        self.chunk_size, self.keep_own = chunk_size, keep_own
+        self.chunk_size, self.keep_own, self.squares = chunk_size, keep_own, squares
         self.trace: Trace = trace(output, wanted.values())
-        self.uses = self._find_uses()
-        self._calls = sorted({j for uses in self.uses.values() for j, _ in uses})
+        self.products = Products(self.trace, wanted, self.samples, keep=not chunk_size)
+        self._calls = sorted({j for name in wanted for j in self.products.sites(name)})
         self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self.calls_in(s.upstream)]
         self._columns = columns
         self._direct = {j: self._find_direct(j) for j in self.couplings}
+        self._below = {j: self._find_below(j) for j in self.couplings}
+        if not (keep_own or tol):  # these need the own part and the mean's directions as such
+            edges = {i: self.trace.sites[i].edge for i in self._direct.values() if i is not None}
+            self.products.centred |= {i for i, e in edges.items() if self.trace.takers[e.node, e.output_nr] == 1}
         self.costs = Costs(self, columns)
         self._tol = tol
         self.error: dict[str, float] = {}
         self.directions: Directions | TruncatedDirections
         self._between: dict[int, dict[int, Tensor]] = {}
-        self._rights: dict[tuple[int, str], Tensor | None] = {}
-        self._room = RIGHT_BYTES
         self._slow = self._without_product()
         self.way = self._choose(method)
 
     # ---------------------------------------------------------------- what the graph holds
-    def _find_uses(self) -> dict[str, list[tuple[int, str]]]:
-        """Parameter name → the (site, role) pairs that use it; parameters used elsewhere have none."""
-        names = {id(p): name for name, p in self.wanted.items()}
-        loose = {id(p) for p in self.trace.loose}
-        uses: dict[str, list[tuple[int, str]]] = {}
-        for j, site in enumerate(self.trace.sites):
-            for role, p in site.call.parameters if site.mark.call else ():
-                if id(p) in names and id(p) not in loose:
-                    uses.setdefault(names[id(p)], []).append((j, role))
-        return uses
-
     def calls_in(self, sites: int) -> list[int]:
         """Sites of a bit set that hold a wanted parameter's call, in forward order."""
         return [j for j in self._calls if sites >> j & 1]
@@ -151,8 +159,8 @@ class Engine:
         """Parameters that must go the dense way: used outside the table, or in a layer with no sample axis."""
         loose = {id(p) for p in self.trace.loose}
         slow = [name for name, p in self.wanted.items() if id(p) in loose]
-        for name, uses in self.uses.items():
-            if any(self.trace.sites[j].call.output[0] % self.samples for j, _ in uses):
+        for name in self.products.uses:
+            if any(self.trace.sites[j].call.output[0] % self.samples for j in self.products.sites(name)):
                 slow.append(name)
         return slow
 
@@ -176,6 +184,13 @@ class Engine:
 
     def sites_below(self, j: int) -> list[int]:
         """Sites that a pass from coupling ``j``'s statistics must reach: calls but the direct one, lower couplings."""
+        return self._below[j]
+
+    def pulled_from(self, name: str) -> list[int]:
+        """Couplings whose passes reach a parameter, in forward order."""
+        return [j for j in self.couplings if not self.products.sites(name).isdisjoint(self._below[j])]
+
+    def _find_below(self, j: int) -> list[int]:
         upstream = self.trace.sites[j].upstream
         return sorted({*self.calls_in(upstream), *self.couplings_in(upstream)} - {self.direct(j)})
 
@@ -245,61 +260,62 @@ class Engine:
             except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
                 pass
         rows = [[_strided(g) for g in pull(outputs, edges, [t[i] for t in cotangents])] for i in range(count)]
-        return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
+        stack = torch.stack if count > 1 else lambda g: g[0][None]
+        return [None if g[0] is None else stack(g) for g in zip(*rows, strict=True)]
 
-    def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> list[Tensor | None]:
-        """Cotangents at ``sites`` with the statistics held constant."""
+    def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> dict[int, Tensor | None]:
+        """Cotangents at ``sites`` with the statistics held constant, by site."""
         with closed_gates(self.trace.sites):
-            return self.vjp(output, self.site_edges(sites), cotangents)
+            return dict(zip(sites, self.vjp(output, self.site_edges(sites), cotangents), strict=True))
 
-    def summed(self, names: list[str], sites: list[int], deltas: list[Tensor | None], count: int) -> dict[str, Tensor]:
-        """Parameter products of ``count`` cotangents at ``sites``, summed over the batch: ``[q, *p]`` per name."""
-        cotangent = dict(zip(sites, deltas, strict=True))
-        out: dict[str, Tensor] = {}
-        for name in names:
-            for j, role in self.uses[name]:
-                delta = cotangent.get(j)
-                if delta is not None:
-                    rows = self.summed_product(j, role, delta)
-                    out[name] = out[name] + rows if name in out else rows
-            if name not in out:
-                out[name] = self.zeros(name, count)
-        return out
+    def from_statistics(
+        self, j: int, cotangents: Tensor, names: list[str]
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """Pull ``cotangents [q, *statistics]`` of coupling ``j`` back to the parameters and statistics below.
 
-    def summed_product(self, j: int, role: str, delta: Tensor) -> Tensor:
-        """One parameter's product at one site, summed over the batch: ``[q, *p]``."""
-        call = self.trace.sites[j].call
-        product = Product(call.layer.left(role, call.arguments, delta), self._right(j, role))
-        return call.layer.unfold(role, product.summed(), call.arguments[role].shape)
+        The layer directly below is left out. A single cotangent, which is as much as fits where maps are large, is
+        summed over the batch on the way by PyTorch's own kernels; several are kept at all layers and then multiplied.
 
-    def _right(self, j: int, role: str, rows: slice = slice(None)) -> Tensor | None:
-        """Right operand of a product, kept for the next chunk as long as all of them stay small."""
-        call, key = self.trace.sites[j].call, (j, role)
-        if self.chunk_size:
-            return call.right(role, rows)
-        if key not in self._rights:
-            right = call.right(role)
-            size = 0 if right is None else right.numel() * right.element_size()
-            if size > self._room:
-                return None if right is None else right[:, rows]
-            self._rights[key], self._room = right, self._room - size
-        right = self._rights[key]
-        return None if right is None else right[:, rows]
+        Returns:
+            Rows of P ``[q, *p]`` by name, rows of B ``[q, R]`` by lower coupling.
+        """
+        straddling = any(self.direct(j) in self.products.sites(name) for name in names)
+        if len(cotangents) == 1 and not straddling:
+            return self._closed_sums(j, cotangents, names)
+        statistics, below = self.trace.sites[j].coupling.statistics, self._below[j]
+        delta = self.closed_vjp(statistics, below, cotangents)
+        received: dict[int, Tensor] = {}
+        for i in self.couplings_in(self.trace.sites[j].upstream):
+            c, d = self.trace.sites[i].coupling, delta[i]
+            received[i] = cotangents.new_zeros(len(cotangents), c.statistics.numel()) if d is None else c.summed(d)
+        return {name: self.products.summed(name, delta, len(cotangents)) for name in names}, received
+
+    def _closed_sums(self, j: int, cotangent: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        lower = {i: self.trace.sites[i].coupling for i in self.couplings_in(self.trace.sites[j].upstream)}
+        ends = [c.handle if isinstance(c, BatchNormCoupling) else self.trace.sites[i].edge for i, c in lower.items()]
+        parameters = [self.wanted[name] for name in names]
+        with closed_gates(self.trace.sites, sums=True):
+            got = self.vjp(self.trace.sites[j].coupling.statistics, [*parameters, *ends], cotangent)
+        received: dict[int, Tensor] = {}
+        for (i, c), g in zip(lower.items(), got[len(names) :], strict=True):
+            if g is None:
+                received[i] = cotangent.new_zeros(1, c.statistics.numel())
+            else:
+                received[i] = g.flatten(1) if isinstance(c, BatchNormCoupling) else c.summed(g)
+        means = {self.direct(i): t[:, : t.shape[1] // 2] for i, t in received.items()}
+        products = {name: self.products.zeros(name, 1) if g is None else g for name, g in zip(names, got, strict=False)}
+        return {name: self.products.centre(name, p, means) for name, p in products.items()}, received
 
     def pull_mixed(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""
         names = list(self.wanted) if names is None else names
         got = self.vjp(self.output, [self.wanted[name] for name in names], cotangents)
-        return {name: self.zeros(name, len(cotangents)) if g is None else g for name, g in zip(names, got, strict=True)}
-
-    def zeros(self, name: str, *lead: int) -> Tensor:
-        """Zero rows ``[*lead, *p]`` of a parameter."""
-        p = self.wanted[name]
-        return torch.zeros((*lead, *p.shape), dtype=self.output.dtype, device=p.device)
+        count = len(cotangents)
+        return {n: self.products.zeros(n, count) if g is None else g for n, g in zip(names, got, strict=True)}
 
     # ---------------------------------------------------------------- the two ways
     @torch.no_grad()
-    def pull(self, sources: Mapping[str, Source | Mixed]) -> Iterator[tuple[str, Rows]]:
+    def pull(self, sources: Mapping[str, Source | Mixed]) -> Iterator[tuple[str, Rows | Squares]]:
         """All rows of V of all sources, in blocks, each with its source's key."""
         plain = {key: s for key, s in sources.items() if not isinstance(s, Mixed)}
         for key, source in sources.items():
@@ -311,8 +327,8 @@ class Engine:
         for names in self.costs.groups(coupled) if plain else ():
             self.directions = self._pull_directions(list(plain.values()), names)
             for key, source in plain.items():
-                for rows in self._coupled(source, names):
-                    yield key, rows
+                for block in self._coupled(source, names, key in self.squares):
+                    yield key, block
         dense = [name for name in self.wanted if name not in coupled]
         for key, source in plain.items() if dense else ():
             for rows in self._dense(source, dense):
@@ -347,48 +363,34 @@ class Engine:
                 for name, rows in self.pull_mixed(cotangents, names).items():
                     yield Rows(name, rows.unflatten(0, (len(index), count)), n, c, own.get(name))
 
-    def _coupled(self, source: Source, names: list[str]) -> Iterator[Rows]:
-        calls = sorted({j for name in names for j, _ in self.uses.get(name, ())})
-        sites = sorted({*calls, *self.couplings})
-        for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk()):
+    def _coupled(self, source: Source, names: list[str], squares: bool) -> Iterator[Rows | Squares]:
+        sites = sorted({*(j for name in names for j in self.products.sites(name)), *self.couplings})
+        for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk(names)):
             columns = source.columns(c)
-            delta = dict(zip(sites, self.closed_vjp(self.output, sites, columns), strict=True))
-            self.directions.read(delta, columns.shape[0])
+            delta = self.closed_vjp(self.output, sites, columns)
+            self.directions.read(delta, len(columns))
             for name in names:
                 correction = self.directions.correction(name)
-                for n in self._row_chunks(name, columns.shape[0]):
-                    rows = self._own(name, delta, n, columns.shape[0])
-                    own = torch.linalg.vector_norm(rows).square() if self.keep_own else None
-                    correction.add_to(rows, n)  # V[k] = own[k] + Σ_q A[q, k] P[q]
-                    yield Rows(name, rows, n, c, own, correction)
+                if squares and self.products.vanishes(name):
+                    yield Squares(name, self.products.zeros(name))
+                elif squares and self.costs.factored(name, len(columns)):
+                    yield Squares(name, self.products.sum_squares(name, delta, len(columns), correction))
+                else:
+                    yield from self._rows(name, delta, c, correction, squares)
 
-    def _own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:
-        """Rows of V with the statistics held constant, ``[n, c, *p]``, contiguous."""
-        total = None
-        for j, role in self.uses.get(name, ()):
-            d = delta[j]
-            if d is None:
-                continue
-            call = self.trace.sites[j].call
-            t = call.output[0] // self.samples  # rows of the layer's input per sample
-            m = slice(n.start * t, n.stop * t)
-            left = call.layer.left(role, call.arguments, d[:, m])
-            rows = Product(left, self._right(j, role, m)).per_sample()
-            if t > 1:
-                rows = rows.unflatten(0, (-1, t)).sum(1)
-            rows = call.layer.unfold(role, rows, self.wanted[name].shape)
-            total = rows if total is None else total + rows
-        return self.zeros(name, n.stop - n.start, count) if total is None else total.contiguous()
-
-    def above(self, name: str) -> list[int]:
-        """Couplings whose statistics depend on a parameter, in forward order."""
-        bits = sum({1 << j for j, _ in self.uses.get(name, ())})
-        return [j for j in self.couplings if self.trace.sites[j].upstream & bits]
-
-    def _row_chunks(self, name: str, count: int) -> Iterator[slice]:
-        if self.chunk_size:
-            return chunks(self.samples, max(1, self.chunk_size // count))
-        return chunks(self.samples, self.costs.row_chunk(name, count))
+    def _rows(
+        self, name: str, delta: dict[int, Tensor | None], c: slice, correction: Correction, squares: bool
+    ) -> Iterator[Rows | Squares]:
+        count = c.stop - c.start
+        size = max(1, self.chunk_size // count) if self.chunk_size else self.costs.row_chunk(name, count)
+        for n in chunks(self.samples, size):
+            rows = self.products.own(name, delta, n, count)
+            own = torch.linalg.vector_norm(rows).square() if self.keep_own else None
+            correction.add_to(rows, n)  # V[k] = own[k] + Σ_q A[q, k] P[q]
+            if squares:
+                yield Squares(name, rows.square_().sum((0, 1)))
+            else:
+                yield Rows(name, rows, n, c, own, correction)
 
 
 def _batched(
@@ -412,13 +414,13 @@ def _strided(g: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def closed_gates(sites: list[Site]) -> Iterator[None]:
+def closed_gates(sites: list[Site], sums: bool = False) -> Iterator[None]:
     """Hold the statistics of a graph constant; also where several forward passes meet."""
     gates = {s.coupling.gates for s in sites if s.mark.coupling}
     for g in gates:
-        g.closed = True
+        g.closed, g.sums = True, sums
     try:
         yield
     finally:
         for g in gates:
-            g.closed = False
+            g.closed = g.sums = False

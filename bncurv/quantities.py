@@ -14,7 +14,7 @@ import torch
 from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
-from bncurv.engine import Mixed, Rows, Source
+from bncurv.engine import Mixed, Rows, Source, Squares
 from bncurv.losses import LossAtBatch
 
 Result = dict[str, Tensor]
@@ -29,12 +29,15 @@ class Quantity(BackpropExtension):
         pulls: the columns pulled back, of ``"gradient"`` (∂L/∂F, one per sample) and ``"factor"`` (S).
         per_component: whether the result's leading axis is the sample; mini-batches are then concatenated.
         coupled_only: whether the coupled way must be taken.
+        squares_only: whether `add` asks a block for ``sum_squares()`` alone; blocks may then be `Squares`, which are
+            cheaper.
     """
 
     field: ClassVar[str]
     pulls: ClassVar[tuple[str, ...]] = ("factor",)
     per_component: ClassVar[bool] = False
     coupled_only: ClassVar[bool] = False
+    squares_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__(self.field, {}, fail_mode="SILENT")
@@ -63,8 +66,8 @@ class Quantity(BackpropExtension):
         """
         return zeros(parameters, *((samples,) if self.per_component else ()))
 
-    def add(self, state: Any, key: str, rows: Rows) -> None:
-        """Put one block of V, of the source ``key``, into the state."""
+    def add(self, state: Any, key: str, rows: Any) -> None:
+        """Put one block of V (`Rows`; with ``squares_only`` also `Squares`), of the source ``key``, into the state."""
         raise NotImplementedError
 
     def finish(self, state: Any) -> dict[str, Any]:
@@ -147,10 +150,11 @@ class SumComponentGradSquared(Quantity):
 
     field = "sum_grad_squared"
     pulls = ("gradient",)
+    squares_only = True
 
-    def add(self, state: Result, key: str, rows: Rows) -> None:
+    def add(self, state: Result, key: str, rows: Rows | Squares) -> None:
         """Σ_n g_n²."""
-        state[rows.name] += _squares(rows.values, (0, 1))
+        state[rows.name] += rows.sum_squares()
 
 
 class ComponentVariance(Quantity):
@@ -190,10 +194,11 @@ class DiagGGNExact(Quantity):
     """
 
     field = "diag_ggn_exact"
+    squares_only = True
 
-    def add(self, state: Result, key: str, rows: Rows) -> None:
+    def add(self, state: Result, key: str, rows: Rows | Squares) -> None:
         """Σ_k V[k]², never negative."""
-        state[rows.name] += _squares(rows.values, (0, 1))
+        state[rows.name] += rows.sum_squares()
 
 
 class ComponentDiagGGNExact(Quantity):

@@ -9,6 +9,7 @@ Nothing global is kept: the marks live and die with the graph. `trace` walks bac
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -257,11 +258,19 @@ class Site:
 
 @dataclass
 class Trace:
-    """The marked part of a graph in forward order, and the parameters used outside of it."""
+    """The marked part of a graph in forward order.
+
+    Attributes:
+        sites: the marked nodes.
+        modules: outputs of modules: name, shape and edge.
+        loose: parameters used outside the marked calls.
+        takers: how many inputs of the graph's nodes a node's output feeds.
+    """
 
     sites: list[Site] = field(default_factory=list)
     modules: list[tuple[str, torch.Size, GradientEdge]] = field(default_factory=list)
     loose: list[Tensor] = field(default_factory=list)
+    takers: Counter[tuple[Node, int]] = field(default_factory=Counter)
 
 
 def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
@@ -291,6 +300,7 @@ def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
         upstream = 0
         for e in edges:
             upstream |= reach[e.node]
+            found.takers[e.node, e.output_nr] += 1
         if mark:
             found.sites.append(Site(mark, GradientEdge(node, mark.output_nr), upstream))
             upstream |= 1 << (len(found.sites) - 1)

@@ -27,10 +27,16 @@ from torch.autograd.function import once_differentiable
 
 
 class Gates:
-    """All gates of one forward pass, open unless bncurv closes them."""
+    """All gates of one forward pass, open unless bncurv closes them.
+
+    Attributes:
+        closed: whether nothing flows into the statistics.
+        sums: while closed, whether BatchNorms also sum up over the batch what their parameters and statistics
+            would receive (at the parameters and at `BatchNormCoupling.handle`).
+    """
 
     def __init__(self) -> None:
-        self.closed = False
+        self.closed = self.sums = False
 
 
 class Coupling(ABC):
@@ -46,31 +52,41 @@ class Coupling(ABC):
         self.name, self.statistics, self.gates = name, statistics, gates
 
     @abstractmethod
-    def per_sample(self, delta: Tensor) -> Tensor:
-        """Closed gates: gradient with respect to sample n's use of the statistics, ``[q, n, R]``.
+    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
+        """Closed gates: gradient with respect to sample n's use of the statistics, ``[n, q, R]``.
 
         Args:
-            delta: cotangents ``[q, n, ...]`` at the edge where the recorder put the mark.
+            delta: cotangents ``[q, n·t, ...]`` at the edge where the recorder put the mark.
+            samples: N.
         """
 
+    @abstractmethod
     def summed(self, delta: Tensor) -> Tensor:
         """The same summed over the samples, ``[q, R]``."""
-        return self.per_sample(delta).sum(1)
 
 
 class HandleCoupling(Coupling):
     """General pair: the mark sits on the per-sample copies of the statistics, whose gradient is the answer."""
 
-    def per_sample(self, delta: Tensor) -> Tensor:
+    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
         """Flatten the copies' gradient."""
-        return delta.reshape(*delta.shape[:2], -1)
+        return rearrange(delta.reshape(*delta.shape[:2], -1), "q (n t) r -> n q t r", n=samples).sum(2)
+
+    def summed(self, delta: Tensor) -> Tensor:
+        """The same summed over the copies."""
+        return delta.sum(1).reshape(len(delta), -1)
 
 
 class BatchNormCoupling(Coupling):
-    """BatchNorm: the mark sits on the layer's output y = (x - mean) scale + bias, scale = weight (v + eps)^(-1/2)."""
+    """BatchNorm: the mark sits on the layer's output y = (x - mean) scale + bias, scale = weight (v + eps)^(-1/2).
 
-    def __init__(self, name, statistics, gates, x, mean, invstd, weight) -> None:
+    Attributes:
+        handle: a leaf that receives `summed` as its gradient in a pass with `Gates.sums`.
+    """
+
+    def __init__(self, name, statistics, gates, handle, x, mean, invstd, weight) -> None:
         super().__init__(name, statistics, gates)
+        self.handle = handle
         self._x, self._mean, self._invstd = x, mean, invstd
         self._scale = invstd if weight is None else invstd * weight
 
@@ -86,35 +102,37 @@ class BatchNormCoupling(Coupling):
         return torch.stack([torch.full_like(centred, 1 / m), 2 / m * centred])
 
     @functools.cached_property
-    def _moments(self) -> Tensor:
-        """Ones and x̂ per channel, ``[c, (n s), 2]``."""
-        hat = rearrange(
-            self.normalised.flatten(2) if self._x.dim() > 2 else self.normalised[..., None], "n c s -> c (n s)"
-        )
-        return torch.stack([torch.ones_like(hat), hat], -1)
-
-    @functools.cached_property
     def normalised(self) -> Tensor:
         """x̂, kept while the graph lives."""
         return (self._x - _per_channel(self._x, self._mean)) * _per_channel(self._x, self._invstd)
 
-    def per_sample(self, delta: Tensor) -> Tensor:
+    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
         """d/dmean = -scale Σ_s δ,  d/dv = -½ scale invstd Σ_s δ x̂."""
-        q, n, channels = delta.shape[:3]
-        delta = delta.reshape(q, n, channels, -1)
+        q, m, channels = delta.shape[:3]
+        delta = delta.reshape(q, m, channels, -1)
         first = delta.sum(3)
-        second = torch.einsum("qncs,ncs->qnc", delta, self.normalised.reshape(n, channels, -1))
-        return self._coefficients(first, second)
+        second = torch.einsum("qmcs,mcs->qmc", delta, self.normalised.reshape(m, channels, -1))
+        out = delta.new_empty(samples, q, 2, channels)
+        for moment, sums in enumerate((first, second)):
+            by_sample = (
+                rearrange(sums, "q (n t) c -> n q t c", n=samples).sum(2) if m > samples else sums.transpose(0, 1)
+            )
+            torch.mul(by_sample, self._factors[moment], out=out[:, :, moment])
+        return out.flatten(2)
 
     def summed(self, delta: Tensor) -> Tensor:
-        """The same; the two sums over samples and positions are one batched matrix product."""
-        q, n, channels = delta.shape[:3]
-        rows = rearrange(delta.reshape(q, n, channels, -1), "q n c s -> c q (n s)")
-        first, second = torch.matmul(rows, self._moments).unbind(-1)
-        return self._coefficients(first.T, second.T)
+        """The same summed over the samples."""
+        sums = [t.sum(1).flatten(2).sum(2) if t.dim() > 3 else t.sum(1) for t in (delta, delta * self.normalised)]
+        return (torch.stack(sums, 1) * self._factors).flatten(1)
 
-    def _coefficients(self, first: Tensor, second: Tensor) -> Tensor:
-        return -torch.cat([self._scale * first, 0.5 * self._invstd * self._scale * second], -1)
+    @functools.cached_property
+    def _factors(self) -> Tensor:
+        return _factors(self._scale, self._invstd)
+
+
+def _factors(scale: Tensor, invstd: Tensor) -> Tensor:
+    """-scale and -½ scale invstd, ``[2, channel]``: from Σ δ and Σ δ x̂ to d/dmean and d/dv."""
+    return torch.stack([-scale, -0.5 * scale * invstd])
 
 
 def _per_channel(x: Tensor, t: Tensor) -> Tensor:
@@ -144,7 +162,7 @@ class _BatchNorm(torch.autograd.Function):
     """Train-mode batch normalisation, PyTorch's own kernels, with a gate before the statistics."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running, momentum, eps, gates):
+    def forward(ctx, x, weight, bias, handle, running, momentum, eps, gates):
         y, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
             x, weight, bias, *running, True, momentum, eps, torch.backends.cudnn.enabled
         )
@@ -157,10 +175,20 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         if g is None:
-            return (None,) * 7
+            return (None,) * 8
         x, weight, mean, invstd, reserve = ctx.saved_tensors
-        if ctx.gates.closed:
-            return _per_channel(x, invstd if weight is None else invstd * weight) * g, *(None,) * 6
+        scale = invstd if weight is None else invstd * weight
+        if ctx.gates.closed and not ctx.gates.sums:
+            return _per_channel(x, scale) * g, *(None,) * 7
+        if ctx.gates.closed:  # with constant statistics it is the backward of the eval mode; Σ g x̂ and Σ g besides
+            dx, second, first = torch.ops.aten.native_batch_norm_backward(
+                g, x, weight, mean, invstd**-2 - ctx.eps, None, None, False, ctx.eps, [True] * 3
+            )
+            handle = torch.stack([first, second]) * _factors(scale, invstd)
+            affine = (
+                t if needed else None for t, needed in zip((second, first), ctx.needs_input_grad[1:3], strict=True)
+            )
+            return dx, *affine, handle, *(None,) * 4
         mask = list(ctx.needs_input_grad[:3])
         if ctx.kind == 0:  # PyTorch's own kernel, which has a rule for batches of cotangents
             dx, dw, db = torch.ops.aten.native_batch_norm_backward(
@@ -170,7 +198,7 @@ class _BatchNorm(torch.autograd.Function):
             dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
                 ctx.kind, x, g, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve
             )
-        return *(t if needed else None for t, needed in zip((dx, dw, db), mask, strict=True)), None, None, None, None
+        return *(t if needed else None for t, needed in zip((dx, dw, db), mask, strict=True)), *(None,) * 5
 
 
 def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tensor, Coupling | None, dict[str, Tensor]]:
@@ -197,12 +225,14 @@ def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tens
     running = (arguments.get("running_mean"), arguments.get("running_var"))
     momentum, eps = arguments.get("momentum", 0.1), arguments.get("eps", 1e-5)
     weight = arguments.get("weight")
-    y, mean, invstd = _BatchNorm.apply(x, weight, arguments.get("bias"), running, momentum, eps, gates)
+    coupled = x.requires_grad and torch.is_grad_enabled()
+    handle = x.new_zeros(2, x.shape[1], requires_grad=True) if coupled else None
+    y, mean, invstd = _BatchNorm.apply(x, weight, arguments.get("bias"), handle, running, momentum, eps, gates)
     coupling = None
-    if x.requires_grad and torch.is_grad_enabled():
+    if handle is not None:
         statistics = _Moments.apply(x, mean, invstd, eps)
         fixed = None if weight is None else weight.detach()
-        coupling = BatchNormCoupling(name, statistics, gates, x.detach(), mean, invstd, fixed)
+        coupling = BatchNormCoupling(name, statistics, gates, handle, x.detach(), mean, invstd, fixed)
     return y, coupling, {"mean": mean, "invstd": invstd}
 
 

@@ -1,0 +1,183 @@
+"""From cotangents at the recorded calls to cotangents of their parameters: per sample, summed, squared and summed.
+
+Letters: heads of ``engine.py`` and ``layers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from bncurv.costs import RIGHT_BYTES, ROW_BYTES, chunks
+from bncurv.directions import Correction
+from bncurv.layers import Layer, Product
+from bncurv.record import Trace
+from bncurv.squares import sum_squares
+
+
+class Products:
+    """Parameter products at the sites of a traced graph.
+
+    Args:
+        trace: the traced graph.
+        wanted: parameters by name.
+        samples: N.
+        centred: sites that nothing but the BatchNorm directly behind takes up. They feel their input less its batch
+            mean only: for z = W x the mean's part of the coupling makes Σ_s δ_s x_s to Σ_s δ_s (x_s - x̄). Centring x
+            does it for nothing, and what cancels (a bias, a constant feature) is never formed.
+        keep: whether operands made from the layers' inputs are kept for the next use.
+
+    Attributes:
+        uses: parameter name → the (site, role) pairs that use it; parameters used elsewhere have none.
+    """
+
+    def __init__(
+        self, trace: Trace, wanted: dict[str, Tensor], samples: int, centred: Iterable[int] = (), keep: bool = True
+    ) -> None:
+        self._trace, self._wanted, self._samples = trace, wanted, samples
+        self.centred = set(centred)
+        self._room = RIGHT_BYTES if keep else 0
+        self._rights: dict[tuple[int, str], Tensor] = {}
+        self._sizes: dict[tuple[int, str], int] = {}
+        self._kept: dict[tuple[int, str], bool] = {}
+        self._means: dict[tuple[int, str], Tensor] = {}
+        names = {id(p): name for name, p in wanted.items()}
+        loose = {id(p) for p in trace.loose}
+        self.uses: dict[str, list[tuple[int, str]]] = {}
+        for j, site in enumerate(trace.sites):
+            for role, p in site.call.parameters if site.mark.call else ():
+                if id(p) in names and id(p) not in loose:
+                    self.uses.setdefault(names[id(p)], []).append((j, role))
+
+    def sites(self, name: str) -> set[int]:
+        """Sites that use a parameter."""
+        return {j for j, _ in self.uses.get(name, ())}
+
+    def zeros(self, name: str, *lead: int) -> Tensor:
+        """Zero rows ``[*lead, *p]`` of a parameter."""
+        return self._wanted[name].new_zeros((*lead, *self._wanted[name].shape))
+
+    def vanishes(self, name: str) -> bool:
+        """Whether all rows of a parameter are zero: a bias whose BatchNorm takes it off again."""
+        uses = self.uses.get(name, ())
+        return bool(uses) and all(j in self.centred and not self._size(j, role) for j, role in uses)
+
+    # ---------------------------------------------------------------- the layer's input
+    def _size(self, j: int, role: str) -> int:
+        """Bytes of one input row's right operand; 0 for ones."""
+        if (j, role) not in self._sizes:
+            one = self._trace.sites[j].call.right(role, slice(0, 1))
+            self._sizes[j, role] = 0 if one is None else one.numel() * one.element_size()
+        return self._sizes[j, role]
+
+    def right(self, j: int, role: str, rows: slice = slice(None)) -> Tensor | None:
+        """Right operand of a product, ``[g, n, s, i]``, kept as long as all of them stay small.
+
+        Centred where the site is: ``None`` then stands for zeros, not for ones.
+        """
+        key = j, role
+        if self._keep(j, role) and key not in self._rights:
+            right = self._make_right(j, role, slice(None))
+            assert right is not None  # its size is not 0
+            self._rights[key] = right
+        return self._rights[key][:, rows] if key in self._rights else self._make_right(j, role, rows)
+
+    def _keep(self, j: int, role: str) -> bool:
+        """Decide once whether an operand is kept."""
+        if (j, role) not in self._kept:
+            size = self._size(j, role) * self._trace.sites[j].call.output[0]
+            self._kept[j, role] = 0 < size <= self._room
+            self._room -= size if self._kept[j, role] else 0
+        return self._kept[j, role]
+
+    def _make_right(self, j: int, role: str, rows: slice) -> Tensor | None:
+        right = self._trace.sites[j].call.right(role, rows)
+        return right - self.mean(j, role) if right is not None and j in self.centred else right
+
+    def mean(self, j: int, role: str) -> Tensor:
+        """Batch mean of a right operand, ``[g, 1, 1, i]``."""
+        if (j, role) not in self._means:
+            call = self._trace.sites[j].call
+            parts = (call.right(role, n) for n in chunks(call.output[0], 1))
+            self._means[j, role] = torch.stack([x.mean((1, 2), True) for x in parts if x is not None]).mean(0)
+        return self._means[j, role]
+
+    # ---------------------------------------------------------------- products
+    def summed_at(self, j: int, role: str, delta: Tensor) -> Tensor:
+        """One parameter's product with ``delta [q, ...]`` at one site, summed over the batch: ``[q, *p]``."""
+        call, right = self._trace.sites[j].call, self.right(j, role)
+        shape = call.arguments[role].shape
+        if right is None and j in self.centred:
+            return delta.new_zeros(len(delta), *shape)
+        return call.layer.unfold(role, Product(call.layer.left(role, call.arguments, delta), right).summed(), shape)
+
+    def summed(self, name: str, delta: dict[int, Tensor | None], count: int) -> Tensor:
+        """A parameter's product with ``count`` cotangents at its sites, summed over the batch: ``[q, *p]``."""
+        total = None
+        for j, role in self.uses[name]:
+            d = delta.get(j)
+            if d is not None:
+                rows = self.summed_at(j, role, d)
+                total = rows if total is None else total + rows
+        return self.zeros(name, count) if total is None else total
+
+    def own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:
+        """Rows of V with the statistics held constant, ``[n, c, *p]``, contiguous."""
+        total = None
+        for j, role in self.uses.get(name, ()):
+            d = delta[j]
+            if d is None or (j in self.centred and not self._size(j, role)):
+                continue
+            rows = self._own_at(j, role, d, n)
+            total = rows if total is None else total + rows
+        return self.zeros(name, n.stop - n.start, count) if total is None else total.contiguous()
+
+    def _own_at(self, j: int, role: str, delta: Tensor, n: slice) -> Tensor:
+        call = self._trace.sites[j].call
+        t = call.output[0] // self._samples  # rows of the layer's input per sample
+        # operands that are not kept are made piece by piece, in cache
+        piece = n.stop - n.start if self._keep(j, role) else max(1, ROW_BYTES // max(1, self._size(j, role) * t))
+        parts = []
+        for some in chunks(n.stop - n.start, piece):
+            m = slice((n.start + some.start) * t, (n.start + some.stop) * t)
+            left = call.layer.left(role, call.arguments, delta[:, m])
+            parts.append(Product(left, self.right(j, role, m)).per_sample())
+        rows = torch.cat(parts) if parts[1:] else parts[0]
+        if t > 1:
+            rows = rows.unflatten(0, (-1, t)).sum(1)
+        return call.layer.unfold(role, rows, call.arguments[role].shape)
+
+    def centre(self, name: str, product: Tensor, received: Mapping[int | None, Tensor]) -> Tensor:
+        """Σ δ x → Σ δ (x - x̄) in ``product [q, *p]``; by site, what its BatchNorm's mean ``received [q, o]``: -Σ δ."""
+        if self.vanishes(name):
+            return torch.zeros_like(product)
+        for j, role in self.uses[name]:
+            if j in self.centred and not self._size(j, role):
+                product = product + received[j]
+            elif j in self.centred:
+                mean = self.mean(j, role)  # [g, 1, 1, i]
+                shift = received[j].view(len(product), len(mean), -1, 1) * mean[:, 0]
+                product = product + shift.view_as(product)
+        return product
+
+    # ---------------------------------------------------------------- squares from factors
+    def factors(self, name: str) -> bool:
+        """Whether a parameter's rows are outer products of one call, one per sample."""
+        uses = self.uses.get(name, ())
+        if len(uses) != 1:
+            return False
+        call = self._trace.sites[uses[0][0]].call
+        right = call.right(uses[0][1], slice(0, 1))
+        outer = right is not None and right.shape[:3] == (1, 1, 1) and call.output[0] == self._samples
+        return outer and type(call.layer).unfold is Layer.unfold
+
+    def sum_squares(self, name: str, delta: dict[int, Tensor | None], count: int, correction: Correction) -> Tensor:
+        """Σ V² over all samples and ``count`` columns of each, ``[*p]``; where `factors`."""
+        ((j, role),) = self.uses[name]
+        call, d, right = self._trace.sites[j].call, delta[j], self.right(j, role)
+        assert right is not None
+        d = right.new_zeros(count, *call.output) if d is None else d
+        left = call.layer.left(role, call.arguments, d)[:, :, 0, :, 0]
+        return sum_squares(left, right[0, :, 0], correction).view_as(self._wanted[name])

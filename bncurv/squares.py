@@ -1,0 +1,84 @@
+"""Σ_k V[k]² of a linear layer's weight from its factors, without forming a row of V.
+
+With one position per sample, a row is a sum of products (letters: heads of ``engine.py`` and ``layers.py``; m: moment)
+
+    V[(n, c), o, i] = δ[c, n, o] x[n, i]  +  Σ_q A[n, c, q] P[q, o, i]  +  Σ_m a[n, c, m, o] p[m, o, i]
+
+and the sum of its squares needs matrix products over n or q instead of all (n, c):
+
+    Σ_k V² = Σ_n (Σ_c δ²) x²  +  Σ_q P[q] (2 W[q] + (M P)[q] + 2 Σ_m t[q, m] p[m])  +  Σ_m p[m] (2 w[m] + Σ_m' s[m, m'] p[m'])
+    W[q] = Σ_n (Σ_c A[q] δ) x     w[m] = Σ_n (Σ_c a[m] δ) x     M = Σ_k A Aᵀ     t[q, m] = Σ_k A[q] a[m]     s = Σ_k a aᵀ
+
+Where these terms cancel, so that the sum has lost digits, the entries concerned are computed again from their rows.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from bncurv.costs import ROW_BYTES, chunks
+from bncurv.directions import Correction
+
+# A sum below this part of the squares of its terms is computed again: rounding / KEPT stays below 1e-5 and 1e-12
+BLOCK_BYTES = 2**22  # of P at once: stays in cache
+KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
+
+
+def sum_squares(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
+    """Σ_k V[k]², ``[o, i]``.
+
+    Args:
+        left: δ ``[c, n, o]``.
+        right: x ``[n, i]``.
+        correction: A, P and the direct pairs, P and p in the shape ``[..., o, i]`` or one that flattens to it.
+    """
+    o, i = left.shape[2], right.shape[1]
+    direct = [(a, p.reshape(-1, o, i)) for a, p in correction.direct]
+    total = left.square().sum(0).T @ right.square()
+    terms = total.clone()  # what would be left if nothing cancelled
+    for a, p in direct:
+        w = torch.einsum("ncmo,cno->mon", a, left) @ right
+        square = torch.einsum("mko,koi->moi", torch.einsum("ncmo,ncko->mko", a, a), p) * p
+        total += (2 * p * w + square).sum(0)
+        terms += square.sum(0)
+    if correction.A is not None and correction.P is not None:
+        _add_directions(total, terms, left, right, correction.A, correction.P.reshape(-1, o, i), direct)
+    lost = (total < KEPT[total.dtype] * terms).flatten().nonzero()[:, 0]
+    for f in lost.split(max(1, 8 * ROW_BYTES // (left.shape[0] * left.shape[1] * left.element_size()))):
+        total.view(-1)[f] = _entries(left, right, correction, f).square().sum((0, 1))
+    return total
+
+
+def _add_directions(
+    total: Tensor,
+    terms: Tensor,
+    left: Tensor,
+    right: Tensor,
+    A: Tensor,
+    P: Tensor,
+    direct: list[tuple[Tensor, Tensor]],
+) -> None:
+    """Add everything with P to the sum and to the squares of its terms; some q at a time."""
+    by_sample, columns, flat = left.transpose(0, 1), A.flatten(0, 1), P.flatten(1)  # [n, c, o], [k, q], [q, (o i)]
+    half_M = 0.5 * columns.T @ columns
+    pairs = [(columns.T @ a[:, :, m].flatten(0, 1), p[m]) for a, p in direct for m in range(len(p))]
+    for q in chunks(len(P), max(1, BLOCK_BYTES // (flat.shape[1] * flat.element_size()))):
+        weights = rearrange(A[..., q].mT @ by_sample, "n q o -> (q o) n")
+        rest = (half_M[q] @ flat).view(-1, right.shape[1]).addmm_(weights, right).view_as(P[q])
+        for t, p in pairs:
+            rest.addcmul_(t[q, :, None], p)
+        total.add_(rest.mul_(P[q]).sum(0), alpha=2)
+        terms += torch.tensordot(2 * half_M.diagonal()[q], P[q].square(), 1)
+
+
+def _entries(left: Tensor, right: Tensor, correction: Correction, f: Tensor) -> Tensor:
+    """The entries ``f`` (flat) of the rows themselves, ``[n, c, f]``."""
+    o, i = f // right.shape[1], f % right.shape[1]
+    rows = left[..., o].transpose(0, 1) * right[:, None, i]
+    if correction.A is not None and correction.P is not None:
+        rows += correction.A @ correction.P.flatten(1)[:, f]
+    for a, p in correction.direct:
+        rows += (a[..., o] * p.flatten(1)[:, f]).sum(2)
+    return rows
