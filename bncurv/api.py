@@ -154,13 +154,13 @@ def curvature(
     batches: list[dict[str, Any]] = []
     passes, way, error = 0, "", {}
     bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
+    for q in quantities:
+        q.begin(graph_survives=True)
     with torch.inference_mode(False), set_aside(model.parameters()), left_as_is(model), bar:
         for X, y in _batches(data):
             with torch.enable_grad(), Recorder(model):
                 output = _forward(getattr(model, "_orig_mod", model), X, y, wanted)  # torch.compile: the eager code
             at_batch = evaluate(loss_fn, output, y.to(output.device))
-            for q in quantities:
-                q.graph_survives = True
             fields, engine = compute(output, at_batch, wanted, quantities, method, chunk_size, bar, tol)
             batches.append(fields)
             passes, way, error = passes + engine.passes, engine.way, engine.error

@@ -144,7 +144,7 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
         return
     check_quantities(quantities)
     for q in quantities:
-        q.graph_survives = False
+        q.begin(graph_survives=False)
     models = models_behind(output)
     if not models:
         raise RuntimeError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 Vector = Tensor | Mapping[str, Tensor]
 LANCZOS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # ‖G e - λ e‖ / λ; the eigenvalue's error is its square
+DIRECT_SIZE = 1000  # smaller Gram matrices are decomposed directly, whatever ``top`` is
 Damping = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -90,7 +91,7 @@ class LowRank:
     def _decomposition(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, descending, and eigenvectors (columns) of `_small`."""
         size = min(self.components, self.dim)
-        if self._top and self._top < size // 3:
+        if self._top and self._top < size // 3 and size > DIRECT_SIZE:
             values, vectors = self._lanczos(self._top)
         else:
             values, vectors = torch.linalg.eigh(self._small)

@@ -14,6 +14,8 @@ from bncurv.lowrank import LowRank
 from bncurv.operator import BatchOperator, MatrixFreeGGN
 from bncurv.quantities import Parameters, Quantity
 
+SMALL_BYTES = 16 * 2**20  # V of this size is cheaper than working through the graph
+
 
 class LowRankGGN(Quantity):
     """The GGN as a `LowRank` object: ``quantity.result`` after ``backward()``, ``Results.ggn`` of `curvature`.
@@ -26,9 +28,9 @@ class LowRankGGN(Quantity):
         groups: ``None``: one GGN of all parameters. ``"layer"``: one per module. A mapping: one per named group of
             parameter names. With groups the result is a dict ``{group: LowRank}``, all from one pass.
         memory: most bytes for V (N·C·D numbers) of a mini-batch.
-        matrix_free: with ``top``: work through the network's graph instead of V (`MatrixFreeGGN`), faster and smaller,
-            without trace, log-determinant and samples. Default: so in `curvature` (without groups), not in BackPACK's
-            gesture, where the graph is gone after ``backward()``.
+        matrix_free: with ``top``: work through the network's graph instead of V (`MatrixFreeGGN`), without trace,
+            log-determinant and samples. Default: so where V is larger than 16 MiB, because it is then faster and
+            smaller; but not with groups, nor in BackPACK's gesture, where the graph is gone after ``backward()``.
     """
 
     field = "ggn"
@@ -51,6 +53,7 @@ class LowRankGGN(Quantity):
                 "matrix_free=True needs top=k, and has no groups; pass LowRankGGN(top=10, matrix_free=True)."
             )
         self.top, self.groups, self.memory, self.matrix_free = top, groups, memory, matrix_free
+        self._free: bool | None = None
         self._result: Any = None
 
     @property
@@ -63,12 +66,17 @@ class LowRankGGN(Quantity):
             )
         return self._result
 
+    def begin(self, graph_survives: bool) -> None:
+        """Decide as far as possible whether to work matrix-free; the first mini-batch's size decides the rest."""
+        able = self.top is not None and self.groups is None and graph_survives
+        self._free = self.matrix_free if self.matrix_free is not None or able else False
+
     def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """The factor; the gradient too where it is no combination of the factor's columns; nothing if matrix-free."""
         entries = sum(p.numel() * p.element_size() for p in parameters.values())
         need = entries * len(output) * (at_batch.factor.columns_per_sample + 1)
-        able = self.top is not None and self.groups is None and self.graph_survives
-        self._free = able if self.matrix_free is None else self.matrix_free
+        if self._free is None:
+            self._free = need > SMALL_BYTES
         if not self._free and need > self.memory:
             raise ValueError(
                 f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={len(output)}, {at_batch.factor.columns_per_sample} "

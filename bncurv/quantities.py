@@ -42,7 +42,6 @@ class Quantity(BackpropExtension):
     def __init__(self) -> None:
         super().__init__(self.field, {}, fail_mode="SILENT")
         self.runs = 0
-        self.graph_survives = False  # whether the graph outlives the call that feeds this quantity
 
     def expects_backpropagation_quantities(self) -> bool:
         """BackPACK need not propagate anything for us."""
@@ -50,6 +49,9 @@ class Quantity(BackpropExtension):
 
     def __call__(self, module: nn.Module, g_inp: Any, g_out: Any) -> None:
         """BackPACK runs this on each of its extended modules; our work happens at the loss (``extension.py``)."""
+
+    def begin(self, graph_survives: bool) -> None:
+        """Called once before the mini-batches of a call; ``graph_survives``: whether their graphs outlive it."""
 
     def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""

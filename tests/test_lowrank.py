@@ -222,7 +222,8 @@ def test_matrix_free(case):
             refused()
 
 
-def test_matrix_free_over_batches_is_the_default_for_top():
+def test_matrix_free_over_batches_is_the_default_for_top(monkeypatch):
+    monkeypatch.setattr("bncurv.lowrank_quantity.SMALL_BYTES", 0)
     case = next(c for c in MODELS if c.name == "mlp_bn")
     model, loss_fn, X, y = case.build()
     half = len(X) // 2
@@ -231,6 +232,24 @@ def test_matrix_free_over_batches_is_the_default_for_top():
     G = sum(reference.ggn(model, loss_fn, *b) for b in batches) / 2
     assert isinstance(ggn, bncurv.MatrixFreeGGN)
     assert torch.allclose(ggn.eigenvalues, torch.linalg.eigvalsh(G).flip(0)[:2], rtol=1e-9)
+
+
+@pytest.mark.parametrize("small_first", [False, True])
+def test_small_rows_are_kept_and_the_first_batch_decides(monkeypatch, small_first):
+    case = next(c for c in MODELS if c.name == "mlp_bn")
+    model, loss_fn, X, y = case.build()
+    assert not isinstance(curvature(model, loss_fn, (X, y), LowRankGGN(top=2)).ggn, bncurv.MatrixFreeGGN)
+    sizes = [2, len(X) - 2] if small_first else [len(X) - 2, 2]
+    entries = sum(p.numel() for p in model.parameters()) * X.element_size()
+    between = entries * model(X)[0].numel() * len(X) / 2  # bytes of V for half of the samples
+    monkeypatch.setattr("bncurv.lowrank_quantity.SMALL_BYTES", between)
+    batches = list(zip(X.split(sizes), y.split(sizes), strict=True))
+    ggn = curvature(model, loss_fn, batches, quantity := LowRankGGN(top=2)).ggn
+    G = sum(reference.ggn(model, loss_fn, *b) for b in batches) / 2
+    assert isinstance(ggn, bncurv.MatrixFreeGGN) == (not small_first)
+    assert torch.allclose(ggn.eigenvalues, torch.linalg.eigvalsh(G).flip(0)[:2], rtol=1e-9)
+    monkeypatch.undo()
+    assert not isinstance(curvature(model, loss_fn, (X, y), quantity).ggn, bncurv.MatrixFreeGGN)
 
 
 def test_matrix_free_is_refused_in_the_context():
