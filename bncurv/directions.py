@@ -189,7 +189,7 @@ class TruncatedDirections:
             cotangents = [part.reshape(-1, *s.shape) for part, s in zip(split, statistics, strict=True)]
             deltas = dict(zip(sites, engine.vjp(statistics, engine.site_edges(sites), cotangents), strict=True))
             for name in names:
-                parts[name].append(engine.products.summed(name, deltas, len(directions[q])))
+                parts[name].append(engine.products.summed(name, deltas, len(directions[q]), {}))
         return {name: torch.cat(p) for name, p in parts.items()}
 
     def read(self, delta: dict[int, Tensor | None], count: int) -> None:

@@ -285,10 +285,17 @@ class Engine:
         statistics, below = self.trace.sites[j].coupling.statistics, self._below[j]
         delta = self.closed_vjp(statistics, below, cotangents)
         received: dict[int, Tensor] = {}
+        sums: dict[int, Tensor] = {}
         for i in self.couplings_in(self.trace.sites[j].upstream):
             c, d = self.trace.sites[i].coupling, delta[i]
-            received[i] = cotangents.new_zeros(len(cotangents), c.statistics.numel()) if d is None else c.summed(d)
-        return {name: self.products.summed(name, delta, len(cotangents)) for name in names}, received
+            if d is None:
+                received[i] = cotangents.new_zeros(len(cotangents), c.statistics.numel())
+            elif isinstance(c, BatchNormCoupling):
+                sums[i] = c.sums(d)
+                received[i] = c.from_sums(sums[i])
+            else:
+                received[i] = c.summed(d)
+        return {name: self.products.summed(name, delta, len(cotangents), sums) for name in names}, received
 
     def _closed_sums(self, j: int, cotangent: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         lower = {i: self.trace.sites[i].coupling for i in self.couplings_in(self.trace.sites[j].upstream)}

@@ -113,13 +113,20 @@ class Products:
             return delta.new_zeros(len(delta), *shape)
         return call.layer.unfold(role, Product(call.layer.left(role, call.arguments, delta), right).summed(), shape)
 
-    def summed(self, name: str, delta: dict[int, Tensor | None], count: int) -> Tensor:
-        """A parameter's product with ``count`` cotangents at its sites, summed over the batch: ``[q, *p]``."""
+    def summed(self, name: str, delta: dict[int, Tensor | None], count: int, sums: Mapping[int, Tensor]) -> Tensor:
+        """A parameter's product with ``count`` cotangents at its sites, summed over the batch: ``[q, *p]``.
+
+        Args:
+            name: the parameter.
+            delta: cotangents by site.
+            count: q.
+            sums: by site, the sums of a BatchNorm where they are known (`BatchNormCoupling.sums`).
+        """
         total = None
         for j, role in self.uses[name]:
             d = delta.get(j)
             if d is not None:
-                rows = self.summed_at(j, role, d)
+                rows = sums[j][:, ("bias", "weight").index(role)] if j in sums else self.summed_at(j, role, d)
                 total = rows if total is None else total + rows
         return self.zeros(name, count) if total is None else total
 

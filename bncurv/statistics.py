@@ -122,8 +122,16 @@ class BatchNormCoupling(Coupling):
 
     def summed(self, delta: Tensor) -> Tensor:
         """The same summed over the samples."""
-        sums = [t.sum(1).flatten(2).sum(2) if t.dim() > 3 else t.sum(1) for t in (delta, delta * self.normalised)]
-        return (torch.stack(sums, 1) * self._factors).flatten(1)
+        return self.from_sums(self.sums(delta))
+
+    def sums(self, delta: Tensor) -> Tensor:
+        """Σ δ and Σ δ x̂ over samples and positions, ``[q, 2, channel]``: what the bias and the weight receive."""
+        both = (delta, delta * self.normalised)
+        return torch.stack([t.sum(1).flatten(2).sum(2) if t.dim() > 3 else t.sum(1) for t in both], 1)
+
+    def from_sums(self, sums: Tensor) -> Tensor:
+        """What the statistics receive, ``[q, R]``, from `sums`."""
+        return (sums * self._factors).flatten(1)
 
     @functools.cached_property
     def _factors(self) -> Tensor:
