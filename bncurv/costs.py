@@ -127,7 +127,7 @@ class Costs:
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return min(64, _batch(DENSE_BYTES, self._bytes(-1)))
+        return min(128, _batch(DENSE_BYTES, self._bytes(-1)))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""

@@ -161,6 +161,8 @@ class Products:
         if self.vanishes(name):
             return torch.zeros_like(product)
         for j, role in self.uses[name]:
+            if j not in received:  # not below this direction
+                continue
             if j in self.centred and not self._size(j, role):
                 product = product + received[j]
             elif j in self.centred:

@@ -21,7 +21,7 @@ from torch import Tensor
 from bncurv.costs import ROW_BYTES, chunks
 from bncurv.directions import Correction
 
-# A sum below this part of the squares of its terms is computed again: rounding / KEPT stays below 1e-5 and 1e-12
+# A sum below this part of the squares of its terms is computed again: ulp / KEPT is about 1e-5 and 2e-12
 BLOCK_BYTES = 2**22  # of P at once: stays in cache
 KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
 
@@ -36,13 +36,15 @@ def sum_squares(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
     """
     o, i = left.shape[2], right.shape[1]
     direct = [(a, p.reshape(-1, o, i)) for a, p in correction.direct]
+    if direct[1:]:  # a layer below several BatchNorms: all their moments are one m
+        direct = [(torch.cat([a for a, _ in direct], 2), torch.cat([p for _, p in direct]))]
     total = left.square().sum(0).T @ right.square()
     terms = total.clone()  # what would be left if nothing cancelled
     for a, p in direct:
         w = torch.einsum("ncmo,cno->mon", a, left) @ right
-        square = torch.einsum("mko,koi->moi", torch.einsum("ncmo,ncko->mko", a, a), p) * p
-        total += (2 * p * w + square).sum(0)
-        terms += square.sum(0)
+        s = torch.einsum("ncmo,ncko->mko", a, a)
+        total += (p * (2 * w + torch.einsum("mko,koi->moi", s, p))).sum(0)
+        terms += torch.einsum("mmo,moi->oi", s, p.square())
     if correction.A is not None and correction.P is not None:
         _add_directions(total, terms, left, right, correction.A, correction.P.reshape(-1, o, i), direct)
     lost = (total < KEPT[total.dtype] * terms).flatten().nonzero()[:, 0]

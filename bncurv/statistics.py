@@ -192,7 +192,7 @@ class _BatchNorm(torch.autograd.Function):
             dx, second, first = torch.ops.aten.native_batch_norm_backward(
                 g, x, weight, mean, invstd**-2 - ctx.eps, None, None, False, ctx.eps, [True] * 3
             )
-            handle = torch.stack([first, second]) * _factors(scale, invstd)
+            handle = torch.stack([first, second]) * _factors(scale, invstd) if ctx.needs_input_grad[3] else None
             affine = (
                 t if needed else None for t, needed in zip((second, first), ctx.needs_input_grad[1:3], strict=True)
             )
