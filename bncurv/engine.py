@@ -364,7 +364,7 @@ class Engine:
                 spread[torch.arange(len(index)), :, index] = columns[:, index].transpose(0, 1)
                 cotangents, own = spread.flatten(0, 1), {}
                 if self.keep_own:
-                    with closed_gates(self.trace.sites):
+                    with closed_gates(self.trace.sites, sums=True):
                         held = self.pull_mixed(cotangents, names)
                     own = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
                 for name, rows in self.pull_mixed(cotangents, names).items():

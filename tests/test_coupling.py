@@ -69,6 +69,26 @@ def test_singular_values_are_those_of_the_correction(case):
         assert torch.allclose(got, want, rtol=1e-6, atol=slack)
 
 
+class ScaledTwice(nn.Module):
+    """Uses its BatchNorm's weight a second time, so that it has no product of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x))) * self.norm.weight)
+
+
+@pytest.mark.filterwarnings("ignore::bncurv.SlowPathWarning")
+def test_report_of_a_parameter_without_a_product(float64):
+    model, loss_fn = ScaledTwice(), nn.CrossEntropyLoss()
+    X, y = torch.randn(8, 4), torch.randint(3, (8,))
+    entry = curvature(model, loss_fn, (X, y), CouplingReport()).coupling["norm"]
+    own = reference.ggn_diagonal(frozen(model, X), loss_fn, X, y)
+    assert entry.own_trace == pytest.approx(float(own["norm.weight"].sum() + own["norm.bias"].sum()), rel=1e-9)
+
+
 def test_report_in_the_context():
     model, loss_fn, X, y = SOME[0].build()
     report = CouplingReport()
