@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
 DENSE_BYTES = 32 * 2**20  # the same in the dense way
 WORTHWHILE = 6  # fewer backward passes than this are not done at once
-RIGHT_BYTES = 256 * 2**20  # unfolded inputs of all layers kept for reuse
+RIGHT_BYTES = 64 * 2**20  # unfolded inputs of all layers kept for reuse
 DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
 TALL = 128  # rows and directions from which on the correction is bound by arithmetic
