@@ -14,7 +14,7 @@ from bncurv.lowrank import LowRank
 from bncurv.operator import BatchOperator, MatrixFreeGGN
 from bncurv.quantities import Parameters, Quantity
 
-SMALL_BYTES = 16 * 2**20  # V of this size is cheaper than working through the graph
+SMALL_BYTES = 32 * 2**20  # V of this size is cheaper than working through the graph
 
 
 class LowRankGGN(Quantity):
@@ -29,7 +29,7 @@ class LowRankGGN(Quantity):
             parameter names. With groups the result is a dict ``{group: LowRank}``, all from one pass.
         memory: most bytes for V (N·C·D numbers) of a mini-batch.
         matrix_free: with ``top``: work through the network's graph instead of V (`MatrixFreeGGN`), without trace,
-            log-determinant and samples. Default: so where V is larger than 16 MiB, because it is then faster and
+            log-determinant and samples. Default: so where V is larger than 32 MiB, because it is then faster and
             smaller; but not with groups, nor in BackPACK's gesture, where the graph is gone after ``backward()``.
     """
 
