@@ -91,8 +91,9 @@ def handle(name: str) -> Line2D:
 
 
 def figure(rows: list[Row], job: str, env: dict[str, Any], out: Path) -> Path:
-    """All networks of one job in one file."""
+    """All networks of one job in one file; one that was measured at a single N has no curve."""
     nets = list(dict.fromkeys(r["net"] for r in rows))
+    nets = [net for net in nets if len({r["n"] for r in rows if r["net"] == net}) > 1] or nets
     wide = min(3, len(nets))
     high = -(-len(nets) // wide)
     fig, grid = plt.subplots(
