@@ -216,27 +216,55 @@ def trains(model: nn.Module, loss_fn: nn.Module, X: Tensor, y: Tensor) -> bool:
     return len(sizes) > 1 and all(bool((t.abs() < 1e4).all()) for t in sizes)
 
 
-def assert_near(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """1e-8 per tensor; where a tensor is zero by symmetry, 1e-11 on the scale of all, or of one."""
+def far_off(got: dict[str, Tensor], want: dict[str, Tensor], noise: dict[str, float]) -> list[str]:
+    """What is not equal to 1e-8 per tensor; where one is zero by symmetry, to 1e-11 on the scale of all, or of one."""
     whole = max(1e-3, *(float(t.abs().max()) for t in want.values()))
-    for name, expected in want.items():
-        error, size = float((got[name] - expected).norm()), float(expected.norm())
-        bound = 1e-8 * size + 1e-11 * whole * expected.numel() ** 0.5
-        assert error <= bound, (name, error / max(size, 1e-300))
+    bounds = {
+        name: 1e-8 * float(t.norm()) + 1e-11 * whole * t.numel() ** 0.5 + noise.get(name, 0.0)
+        for name, t in want.items()
+    }
+    errors = {name: float((got[name] - t).norm()) for name, t in want.items()}
+    return [f"{name}: {errors[name]:.1e} > {bounds[name]:.1e}" for name in want if not errors[name] <= bounds[name]]
+
+
+Oracle = Callable[[nn.Module, nn.Module, Tensor, Tensor], dict[str, Tensor]]
+
+
+def rounding(oracle: Oracle, problem: Problem) -> dict[str, float]:
+    """How much the oracle itself moves when all numbers change in their last digits: no result can be better.
+
+    A signal of 1e-7 on a constant of 0.6, before a BatchNorm, has lost seven digits for everybody.
+    """
+    model, loss_fn, X, y = problem
+    want = oracle(*problem)
+    noise = dict.fromkeys(want, 0.0)
+    for seed in range(5):
+        digits = torch.Generator().manual_seed(seed)
+        moved_X, moved_model = X.clone(), copy.deepcopy(model)
+        for t in (moved_X, *moved_model.parameters()):
+            t.data *= 1 + 2e-15 * (torch.rand(t.shape, generator=digits, dtype=t.dtype) - 0.5)
+        moved = oracle(moved_model, loss_fn, moved_X, y)
+        noise = {name: max(noise[name], float((moved[name] - want[name]).norm())) for name in want}
+    return {name: 10 * most for name, most in noise.items()}
+
+
+def assert_near(got: dict[str, Tensor], oracle: Oracle, problem: Problem) -> None:
+    want = oracle(*problem)
+    far = far_off(got, want, {})
+    if far:  # an ill-conditioned network, or wrong
+        far = far_off(got, want, rounding(oracle, problem))
+    assert not far, far
 
 
 def assert_exact(problem: Problem, method: str) -> None:
     model, loss_fn, X, y = problem
     assume(trains(*problem))
-    diagonal = reference.ggn_diagonal(*problem)
-    components = reference.component_gradients(*problem)
-    assume(max(float(t.abs().max()) for t in components.values()) > 1e-9)  # else all zero by symmetry: only rounding
     with warnings.catch_warnings():  # an in-place activation may hide a layer whose output is a view
         warnings.simplefilter("ignore", SlowPathWarning)
         quantities = DiagGGNExact(), ComponentGrad()
-        res = curvature(model, loss_fn, (X, y), *quantities, method=method)
-    assert_near(res.diag_ggn_exact, diagonal)
-    assert_near(res.grad_component, components)
+        res = curvature(model, loss_fn, (X.clone(), y), *quantities, method=method)  # it may work in place
+    assert_near(res.diag_ggn_exact, reference.ggn_diagonal, problem)
+    assert_near(res.grad_component, reference.component_gradients, problem)
 
 
 COMMON: dict[str, Any] = {
