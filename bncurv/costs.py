@@ -63,35 +63,36 @@ class Costs:
         count = self._engine.samples * self._columns
         rows = count * sum(p.numel() for p in self._engine.wanted.values())
         calls = -(-count // self.dense_chunk()) * len(self._calls)
-        return count * self._pass(-1, self._engine.calls_in(-1)) + ROW_ENTRY * rows + CALL * calls
+        return count * self._pass(-1, self._engine.structure.calls_in(-1)) + ROW_ENTRY * rows + CALL * calls
 
     def coupled(self, slow: list[str]) -> float:
         """C columns through everything, R directions through what is below, the rows of V and their correction."""
         engine = self._engine
-        cost = (self._columns + 2) * self._pass(-1, engine.calls_in(-1)) + 6 * CALL * len(self._calls)
+        cost = (self._columns + 2) * self._pass(-1, engine.structure.calls_in(-1)) + 6 * CALL * len(self._calls)
         groups = self.groups([name for name in engine.wanted if name not in slow])
         cost *= len(groups)
-        for j in engine.couplings:
-            sites, count = engine.sites_below(j), engine.trace.sites[j].coupling.statistics.numel()
+        for j, sites in engine.structure.below.items():
             if sites:
+                count, through = engine.structure.width[j], engine.structure.through[j]
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
-                cost += len(groups) * (count * self._pass(engine.trace.sites[j].upstream, sites) + CALL * calls)
+                cost += len(groups) * (count * self._pass(through, sites) + CALL * calls)
         for name in engine.wanted:
             if self._direction_bytes(name) > 4 * DIRECTION_BYTES:
                 return float("inf")  # one parameter's P alone does not fit
-            cost += min(self._rows(name, self._columns), self._squares(name) if self._engine.squares else float("inf"))
+            squares = engine.squares and self.factored(name, self._columns)
+            cost += self._squares(name) if squares else self._rows(name, self._columns)
         return COUPLED * cost + (self.dense() if slow else 0.0)
 
     def _rows(self, name: str, columns: int) -> float:
         """The rows of V of one parameter, corrected and squared."""
         entries = self._engine.samples * columns * self._engine.wanted[name].numel()
-        return entries * (2.0 * self.direction_entries(name) + ROW_ENTRY)
+        return entries * (2.0 * self._engine.structure.entries[name] + ROW_ENTRY)
 
     def _squares(self, name: str) -> float:
         """The sum of their squares, from the factors."""
         if not self._engine.products.factors(name):
             return float("inf")
-        directions = self.direction_entries(name)
+        directions = self._engine.structure.entries[name]
         products = 2.0 * (directions + 2) * (self._engine.samples + directions)
         return self._engine.wanted[name].numel() * (products + ROW_ENTRY * (directions + 2))
 
@@ -99,14 +100,9 @@ class Costs:
         """Whether the squares of ``columns`` columns per sample are cheaper from factors than from rows."""
         return self._squares(name) < self._rows(name, columns)
 
-    def direction_entries(self, name: str) -> int:
-        """Rows of P that a parameter needs: the statistics above it but for those directly above."""
-        engine = self._engine
-        return sum(engine.trace.sites[j].coupling.statistics.numel() for j in engine.pulled_from(name))
-
     def _direction_bytes(self, name: str) -> int:
         """P of one parameter."""
-        return self._itemsize * self.direction_entries(name) * self._engine.wanted[name].numel()
+        return self._itemsize * self._engine.structure.entries[name] * self._engine.wanted[name].numel()
 
     def groups(self, names: list[str]) -> list[list[str]]:
         """Parameters whose P is held at once, in forward order; a single one may exceed the budget."""
@@ -131,11 +127,11 @@ class Costs:
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        return _batch(CHUNK_BYTES, self._bytes(self._engine.trace.sites[j].upstream))
+        return _batch(CHUNK_BYTES, self._bytes(self._engine.structure.through[j]))
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""
         rows = ROW_BYTES // (self._itemsize * max(1, self._engine.wanted[name].numel()))
-        if self.direction_entries(name) > TALL:
+        if self._engine.structure.entries[name] > TALL:
             rows = max(rows, TALL)  # the correction's matrix product needs that many to run at its rate
         return max(1, int(rows // count))

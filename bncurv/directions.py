@@ -29,7 +29,7 @@ class Correction:
 
     The statistics of the BatchNorm directly above a layer's output are a special case: the parameters of channel o feel
     the statistics of channel o only, so that their P is kept per channel. Of its two moments the mean drops out where
-    the layer's input is centred (`Engine.centred`).
+    the layer's input is centred (`Products.centred`).
 
     Attributes:
         A: coefficients ``[n, c, R]`` (``None``: none).
@@ -74,19 +74,22 @@ class Directions:
 
     def __init__(self, engine: Engine, names: list[str], between: dict[int, dict[int, Tensor]] | None = None) -> None:
         self._engine = weakref.proxy(engine)  # no cycle: graphs die with the call
+        structure = self._structure = engine.structure
         self.between = dict(between or {})
         self._a: dict[int, Tensor] = {}
-        self._couplings = {name: engine.pulled_from(name) for name in names}  # in the order of the rows of P
-        self._products = {name: engine.products.zeros(name, engine.costs.direction_entries(name)) for name in names}
-        self._filled = dict.fromkeys(names, 0)
+        self._products = {name: engine.products.zeros(name, structure.entries[name]) for name in names}
+        self._rows: dict[str, dict[int, Tensor]] = {}  # views of P: the part of each coupling
+        for name, P in self._products.items():
+            above = structure.pulled_from[name]
+            self._rows[name] = dict(zip(above, P.split([structure.width[j] for j in above]), strict=False))
         self._direct: dict[str, list[tuple[int, Tensor]]] = {}
-        for j in engine.couplings:
+        for j in structure.couplings:
             self._pull(j)
             self._pull_direct(j)
 
     def _pull_direct(self, j: int) -> None:
         """P of the layer directly below a BatchNorm, all channels at once, without a pass."""
-        products, site = self._engine.products, self._engine.direct(j)
+        products, site = self._engine.products, self._structure.direct[j]
         for name in self._products:
             for i, role in products.uses.get(name, ()):
                 if i == site:
@@ -96,35 +99,32 @@ class Directions:
 
     def _pull(self, j: int) -> None:
         """P of coupling ``j``, its statistics pulled back one coordinate after the other; B too where still unknown."""
-        engine, site = self._engine, self._engine.trace.sites[j]
-        names = [n for n, above in self._couplings.items() if j in above and not engine.products.vanishes(n)]
-        statistics, lower = site.coupling.statistics, engine.couplings_in(site.upstream)
+        engine, width = self._engine, self._structure.width
+        names = [name for name, rows in self._rows.items() if j in rows and not engine.products.vanishes(name)]
         known = j in self.between
         if not known:
-            widths = {i: engine.trace.sites[i].coupling.statistics.numel() for i in lower}
-            self.between[j] = {i: statistics.new_zeros(statistics.numel(), width) for i, width in widths.items()}
-        eye = torch.eye(statistics.numel(), dtype=statistics.dtype, device=statistics.device)
-        for q in chunks(len(eye), engine.chunk_size or engine.costs.direction_chunk(j)) if names or not known else ():
-            products, received = engine.from_statistics(j, eye[q].view(-1, *statistics.shape), names)
+            zeros = self._engine.output.new_zeros
+            self.between[j] = {i: zeros(width[j], width[i]) for i in self._structure.lower(j)}
+        if not names and (known or not self.between[j]):
+            return
+        for q in chunks(width[j], engine.chunk_size or engine.costs.direction_chunk(j)):
+            products, received = engine.from_statistics(j, q, names)
             for name in names:
-                start = self._filled[name]
-                self._products[name][start + q.start : start + q.stop] = products[name]
+                self._rows[name][j][q] = products[name]
             for i, rows in received.items():
                 self.between[j][i][q] = rows
-        for name, above in self._couplings.items():
-            self._filled[name] += len(eye) if j in above else 0
 
     def read(self, delta: dict[int, Tensor | None], count: int) -> None:
         """Take A from the cotangents of ``count`` columns with closed gates."""
         a = self._a = read_coefficients(self._engine, delta, count)
         self._joined: dict[tuple[int, ...], Tensor] = {}
-        for upper in reversed(self._engine.couplings):
+        for upper in reversed(self._structure.couplings):
             for lower, b in self.between[upper].items():
                 a[lower].flatten(0, 1).addmm_(a[upper].flatten(0, 1), b)
 
     def correction(self, name: str) -> Correction:
         """The correction of one parameter's rows for the columns last read."""
-        above = tuple(self._couplings.get(name, ()))
+        above = tuple(self._rows.get(name, ()))
         if above and above not in self._joined:  # the same for all parameters of a layer
             parts = [self._a[j] for j in above]
             self._joined[above] = torch.cat(parts, -1) if parts[1:] else parts[0]
@@ -171,23 +171,23 @@ class TruncatedDirections:
         engine, parts = self._engine, []
         for c in chunks(source.columns_per_sample, engine.chunk_size or engine.costs.column_chunk([])):
             columns = source.columns(c)
-            delta = engine.closed_vjp(engine.output, engine.couplings, columns)
+            delta = engine.closed_vjp(engine.output, engine.structure.couplings, columns)
             a = read_coefficients(engine, delta, columns.shape[0])
             parts.append(torch.cat(list(a.values()), -1).flatten(0, 1))
         return torch.cat(parts)
 
     def _pull(self, directions: Tensor) -> dict[str, Tensor]:
         """Directions ``[q, R]`` on all statistics, pulled back with open gates: ``[q, *p]`` per parameter."""
-        engine = self._engine
-        statistics = [engine.trace.sites[j].coupling.statistics for j in engine.couplings]
-        below = {i for j in engine.couplings for i in engine.calls_in(engine.trace.sites[j].upstream)}
+        engine, structure = self._engine, self._engine.structure
+        statistics = [engine.trace.sites[j].coupling.statistics for j in structure.couplings]
+        below = {i for j in structure.couplings for i in structure.calls_in(engine.trace.sites[j].upstream)}
         names = [name for name in self._names if not engine.products.sites(name).isdisjoint(below)]
         sites = sorted({i for name in names for i in engine.products.sites(name)})
         parts: dict[str, list[Tensor]] = {name: [engine.products.zeros(name, 0)] for name in names}
         for q in chunks(len(directions), engine.chunk_size or engine.costs.dense_chunk()):
             split = directions[q].split([s.numel() for s in statistics], -1)
             cotangents = [part.reshape(-1, *s.shape) for part, s in zip(split, statistics, strict=True)]
-            deltas = dict(zip(sites, engine.vjp(statistics, engine.site_edges(sites), cotangents), strict=True))
+            deltas = dict(zip(sites, engine.vjp(statistics, structure.edges(sites), cotangents), strict=True))
             for name in names:
                 parts[name].append(engine.products.summed(name, deltas, len(directions[q]), {}))
         return {name: torch.cat(p) for name, p in parts.items()}
@@ -205,10 +205,10 @@ class TruncatedDirections:
 def read_coefficients(engine: Engine, delta: dict[int, Tensor | None], count: int) -> dict[int, Tensor]:
     """A of every coupling before the chain through lower statistics, ``[n, c, R]``."""
     a: dict[int, Tensor] = {}
-    for j in engine.couplings:
+    for j in engine.structure.couplings:
         coupling, d = engine.trace.sites[j].coupling, delta[j]
         if d is None:
-            a[j] = engine.output.new_zeros(engine.samples, count, coupling.statistics.numel())
+            a[j] = engine.output.new_zeros(engine.samples, count, engine.structure.width[j])
         else:
             a[j] = coupling.per_sample(d, engine.samples)
     return a

@@ -22,10 +22,8 @@ backpropagates all N·C columns with open gates. Both are exact.
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,12 +31,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from bncurv import passes
 from bncurv.certificate import find_mixing
 from bncurv.costs import Costs, chunks
 from bncurv.directions import Correction, Directions, TruncatedDirections
+from bncurv.passes import closed_gates
 from bncurv.products import Products
-from bncurv.record import Site, Trace, trace
+from bncurv.record import Trace, trace
 from bncurv.statistics import BatchNormCoupling
+from bncurv.structure import Structure
 
 
 class SlowPathWarning(UserWarning):
@@ -134,14 +135,10 @@ class Engine:
         self.chunk_size, self.keep_own, self.squares = chunk_size, keep_own, squares
         self.trace: Trace = trace(output, wanted.values())
         self.products = Products(self.trace, wanted, self.samples, keep=not chunk_size)
-        self._calls = sorted({j for name in wanted for j in self.products.sites(name)})
-        self.couplings = [j for j, s in enumerate(self.trace.sites) if s.mark.coupling and self.calls_in(s.upstream)]
+        self.structure = Structure(self.trace, {name: self.products.sites(name) for name in wanted})
         self._columns = columns
-        self._direct = {j: self._find_direct(j) for j in self.couplings}
-        self._below = {j: self._find_below(j) for j in self.couplings}
         if not (keep_own or tol):  # these need the own part and the mean's directions as such
-            edges = {i: self.trace.sites[i].edge for i in self._direct.values() if i is not None}
-            self.products.centred |= {i for i, e in edges.items() if self.trace.takers[e.node, e.output_nr] == 1}
+            self.products.centred |= self.structure.sole
         self.costs = Costs(self, columns)
         self._tol = tol
         self.error: dict[str, float] = {}
@@ -150,11 +147,7 @@ class Engine:
         self._slow = self._without_product()
         self.way = self._choose(method)
 
-    # ---------------------------------------------------------------- what the graph holds
-    def calls_in(self, sites: int) -> list[int]:
-        """Sites of a bit set that hold a wanted parameter's call, in forward order."""
-        return [j for j in self._calls if sites >> j & 1]
-
+    # ---------------------------------------------------------------- which way
     def _without_product(self) -> list[str]:
         """Parameters that must go the dense way: used outside the table, or in a layer with no sample axis."""
         loose = {id(p) for p in self.trace.loose}
@@ -164,41 +157,6 @@ class Engine:
                 slow.append(name)
         return slow
 
-    def site_edges(self, sites: list[int]) -> list[GradientEdge]:
-        """Where the cotangents of ``sites`` are read."""
-        return [self.trace.sites[j].edge for j in sites]
-
-    def direct(self, j: int) -> int | None:
-        """The site whose output is coupling ``j``'s input, entry by entry, if channels lead its parameters' axes."""
-        return self._direct[j]
-
-    def _find_direct(self, j: int) -> int | None:
-        coupling, below = self.trace.sites[j].mark.coupling, self.trace.sites[j].mark.below
-        if not isinstance(coupling, BatchNormCoupling):
-            return None
-        for i in self.calls_in(self.trace.sites[j].upstream):
-            call, edge = self.trace.sites[i].call, self.trace.sites[i].edge
-            if edge.node is below[0].node and call.layer.channels_lead(call.output):
-                return i if edge.output_nr == below[0].output_nr and call.output == coupling.shape else None
-        return None
-
-    def sites_below(self, j: int) -> list[int]:
-        """Sites that a pass from coupling ``j``'s statistics must reach: calls but the direct one, lower couplings."""
-        return self._below[j]
-
-    def pulled_from(self, name: str) -> list[int]:
-        """Couplings whose passes reach a parameter, in forward order."""
-        return [j for j in self.couplings if not self.products.sites(name).isdisjoint(self._below[j])]
-
-    def _find_below(self, j: int) -> list[int]:
-        upstream = self.trace.sites[j].upstream
-        return sorted({*self.calls_in(upstream), *self.couplings_in(upstream)} - {self.direct(j)})
-
-    def couplings_in(self, sites: int) -> list[int]:
-        """Couplings of a bit set, in forward order."""
-        return [j for j in self.couplings if sites >> j & 1]
-
-    # ---------------------------------------------------------------- which way
     def _choose(self, method: str) -> str:
         if method == "dense":
             return "dense"
@@ -228,7 +186,7 @@ class Engine:
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
         with closed_gates(self.trace.sites):
-            watched = sorted({*self.calls_in(-1), *self.couplings})
+            watched = sorted({*self.structure.calls_in(-1), *self.structure.couplings})
             return find_mixing(self.output, self.trace, watched, self.samples)
 
     def planned(self, columns: int) -> int:
@@ -237,79 +195,90 @@ class Engine:
             return 0
         if self.way == "dense":
             return self.samples * columns
-        directions = sum(self.trace.sites[j].coupling.statistics.numel() for j in self.couplings if self.sites_below(j))
+        directions = sum(self.structure.width[j] for j, below in self.structure.below.items() if below)
         return columns + directions + (self.samples * columns if self._slow else 0)
 
     # ---------------------------------------------------------------- backward passes
     def vjp(
-        self, outputs: Tensor | list[Tensor], edges: Sequence[GradientEdge | Tensor], cotangents: Tensor | list[Tensor]
+        self,
+        outputs: Tensor | GradientEdge | list[Tensor],
+        edges: passes.Ends,
+        cotangents: Tensor | list[Tensor],
     ) -> list[Tensor | None]:
-        """Backward passes of ``cotangents [q, *output]`` at once: ``[q, *edge]`` per edge, ``None`` for zero."""
-        outputs, cotangents = ([t] if isinstance(t, Tensor) else t for t in (outputs, cotangents))
-        count = len(cotangents[0])
+        """`passes.vjp`, counted; of one output or of several."""
+        several = [cotangents] if isinstance(cotangents, Tensor) else cotangents
+        count = len(several[0])
         if not edges or not count:
             return [None] * len(edges)
         self.passes += count
         self._tick(count)
-        pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
-        if count > 1 and not torch.is_anomaly_enabled():
-            try:
-                return _batched(pull, outputs, edges, cotangents)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
-                pass
-        rows = [[_strided(g) for g in pull(outputs, edges, [t[i] for t in cotangents])] for i in range(count)]
-        stack = torch.stack if count > 1 else lambda g: g[0][None]
-        return [None if g[0] is None else stack(g) for g in zip(*rows, strict=True)]
+        return passes.vjp(outputs if isinstance(outputs, list) else [outputs], edges, several)
 
-    def closed_vjp(self, output: Tensor, sites: list[int], cotangents: Tensor) -> dict[int, Tensor | None]:
+    def closed_vjp(
+        self, output: Tensor | GradientEdge, sites: list[int], cotangents: Tensor
+    ) -> dict[int, Tensor | None]:
         """Cotangents at ``sites`` with the statistics held constant, by site."""
         with closed_gates(self.trace.sites):
-            return dict(zip(sites, self.vjp(output, self.site_edges(sites), cotangents), strict=True))
+            return dict(zip(sites, self.vjp(output, self.structure.edges(sites), cotangents), strict=True))
 
-    def from_statistics(
-        self, j: int, cotangents: Tensor, names: list[str]
-    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """Pull ``cotangents [q, *statistics]`` of coupling ``j`` back to the parameters and statistics below.
+    def from_statistics(self, j: int, q: slice, names: list[str]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """Pull the coordinates ``q`` of coupling ``j``'s statistics back to the parameters and statistics below.
 
-        The layer directly below is left out. A single cotangent, which is as much as fits where maps are large, is
-        summed over the batch on the way by PyTorch's own kernels; several are kept at all layers and then multiplied.
+        The layer directly below takes no part: its parameters need no pass, and of its output's cotangent, which has
+        one channel, its input's is made at once (`Layer.from_channels`). A single cotangent, which is as much as fits
+        where maps are large, is summed over the batch on the way by PyTorch's own kernels; several are kept at all
+        layers and then multiplied.
 
         Returns:
-            Rows of P ``[q, *p]`` by name, rows of B ``[q, R]`` by lower coupling.
+            Rows of P ``[q, *p]`` by name, rows of B ``[q, R]`` by lower coupling (those that are reached).
         """
-        straddling = any(self.direct(j) in self.products.sites(name) for name in names)
-        if len(cotangents) == 1 and not straddling:
-            return self._closed_sums(j, cotangents, names)
-        statistics, below = self.trace.sites[j].coupling.statistics, self._below[j]
-        delta = self.closed_vjp(statistics, below, cotangents)
+        output, cotangents = self._coordinates(j, q)
+        pull = self._summed_on_the_way if len(cotangents) == 1 else self._summed_afterwards
+        return pull(j, output, cotangents, names)
+
+    def _coordinates(self, j: int, q: slice) -> tuple[Tensor | GradientEdge, Tensor]:
+        """Where to pull coordinates of coupling ``j``'s statistics from, and their cotangents there."""
+        coupling, direct = self.trace.sites[j].coupling, self.structure.direct[j]
+        index = torch.arange(q.start, q.stop, device=coupling.statistics.device)
+        if direct is not None and isinstance(coupling, BatchNormCoupling):
+            call, (channel, values) = self.trace.sites[direct].call, coupling.own_cotangents_of(index)
+            return call.below[0], call.layer.from_channels(call.arguments, values, channel)
+        one_hot = coupling.statistics.new_zeros(len(index), self.structure.width[j])
+        one_hot[torch.arange(len(index)), index] = 1
+        return coupling.statistics, one_hot.view(-1, *coupling.statistics.shape)
+
+    def _summed_afterwards(
+        self, j: int, output: Tensor | GradientEdge, cotangents: Tensor, names: list[str]
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        lower = self.structure.lower(j)
+        used = {i for name in names for i in self.products.sites(name)}
+        delta = self.closed_vjp(output, sorted({*lower, *used.intersection(self.structure.below[j])}), cotangents)
         received: dict[int, Tensor] = {}
         sums: dict[int, Tensor] = {}
-        for i in self.couplings_in(self.trace.sites[j].upstream):
+        for i in lower:
             c, d = self.trace.sites[i].coupling, delta[i]
-            if d is None:
-                received[i] = cotangents.new_zeros(len(cotangents), c.statistics.numel())
-            elif isinstance(c, BatchNormCoupling):
+            if d is not None and isinstance(c, BatchNormCoupling):
                 sums[i] = c.sums(d)
                 received[i] = c.from_sums(sums[i])
-            else:
+            elif d is not None:
                 received[i] = c.summed(d)
         return {name: self.products.summed(name, delta, len(cotangents), sums) for name in names}, received
 
-    def _closed_sums(self, j: int, cotangent: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        lower = {i: self.trace.sites[i].coupling for i in self.couplings_in(self.trace.sites[j].upstream)}
+    def _summed_on_the_way(
+        self, j: int, output: Tensor | GradientEdge, cotangent: Tensor, names: list[str]
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        lower = {i: self.trace.sites[i].coupling for i in self.structure.lower(j)}
         ends = [c.handle if isinstance(c, BatchNormCoupling) else self.trace.sites[i].edge for i, c in lower.items()]
-        parameters = [self.wanted[name] for name in names]
         with closed_gates(self.trace.sites, sums=True):
-            got = self.vjp(self.trace.sites[j].coupling.statistics, [*parameters, *ends], cotangent)
+            got = self.vjp(output, [*(self.wanted[name] for name in names), *ends], cotangent)
         received: dict[int, Tensor] = {}
+        means: dict[int, Tensor] = {}  # by direct site
         for (i, c), g in zip(lower.items(), got[len(names) :], strict=True):
-            if g is None:
-                received[i] = cotangent.new_zeros(1, c.statistics.numel())
-            else:
+            if g is not None:
                 received[i] = g.flatten(1) if isinstance(c, BatchNormCoupling) else c.summed(g)
-        means = {self.direct(i): t[:, : t.shape[1] // 2] for i, t in received.items()}
+                direct = self.structure.direct[i]
+                if direct is not None:
+                    means[direct] = received[i][:, : self.structure.width[i] // 2]
         products = {name: self.products.zeros(name, 1) if g is None else g for name, g in zip(names, got, strict=False)}
         return {name: self.products.centre(name, p, means) for name, p in products.items()}, received
 
@@ -343,7 +312,7 @@ class Engine:
 
     def _pull_directions(self, sources: list[Source], names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
-        if self._tol and self.couplings:
+        if self._tol and self.structure.couplings:
             truncated = TruncatedDirections(self, sources, self._tol, names)
             self.error |= truncated.error
             return truncated
@@ -371,7 +340,7 @@ class Engine:
                     yield Rows(name, rows.unflatten(0, (len(index), count)), n, c, own.get(name))
 
     def _coupled(self, source: Source, names: list[str], squares: bool) -> Iterator[Rows | Squares]:
-        sites = sorted({*(j for name in names for j in self.products.sites(name)), *self.couplings})
+        sites = sorted({*(j for name in names for j in self.products.sites(name)), *self.structure.couplings})
         for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk(names)):
             columns = source.columns(c)
             delta = self.closed_vjp(self.output, sites, columns)
@@ -398,36 +367,3 @@ class Engine:
                 yield Squares(name, rows.square_().sum((0, 1)))
             else:
                 yield Rows(name, rows, n, c, own, correction)
-
-
-def _batched(
-    pull: Callable[..., tuple], outputs: list[Tensor], edges: Sequence[GradientEdge | Tensor], cotangents: list[Tensor]
-) -> list[Tensor | None]:
-    """All cotangents in one vectorised pass; ``torch.vmap`` has rules where ``is_grads_batched`` loops."""
-    reached: list[bool] = []
-
-    def one(*cotangent: Tensor) -> list[Tensor]:
-        got = pull(outputs, edges, cotangent)
-        reached[:] = [g is not None for g in got]
-        return [g for g in got if g is not None]
-
-    found = iter(torch.vmap(one)(*cotangents))
-    return [next(found) if there else None for there in reached]
-
-
-def _strided(g: Tensor | None) -> Tensor | None:
-    """An embedding's sparse gradient as an ordinary tensor."""
-    return g if g is None or g.layout == torch.strided else g.to_dense()
-
-
-@contextmanager
-def closed_gates(sites: list[Site], sums: bool = False) -> Iterator[None]:
-    """Hold the statistics of a graph constant; also where several forward passes meet."""
-    gates = {s.coupling.gates for s in sites if s.mark.coupling}
-    for g in gates:
-        g.closed, g.sums = True, sums
-    try:
-        yield
-    finally:
-        for g in gates:
-            g.closed = g.sums = False

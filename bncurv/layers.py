@@ -26,6 +26,8 @@ from torch import Tensor
 
 Arguments = dict[str, Any]
 
+SMALL_MAP = 64  # positions up to which one channel's way back through a convolution is taken as a matrix
+
 
 class Product(NamedTuple):
     """Operands of a parameter product, shapes as in the module's docstring."""
@@ -80,6 +82,18 @@ class Layer(ABC):
         """Whether axis 0 of every parameter is axis 1 of an output of this shape, entry by entry."""
         return False
 
+    def from_channels(self, arguments: Arguments, delta: Tensor, channels: Tensor) -> Tensor:
+        """Cotangents ``[q, n, ...]`` of the input from those of the output that are zero but for one channel each.
+
+        Asked for where channels lead.
+
+        Args:
+            arguments: the call's.
+            delta: cotangents of that channel, ``[q, n, *position]``.
+            channels: which one, ``[q]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.channels_lead is true, so it must define from_channels.")
+
     @abstractmethod
     def left(self, role: str, arguments: Arguments, delta: Tensor) -> Tensor:
         """Left operand ``[q, n, g, o, s]`` from the cotangents ``delta [q, n, ...]`` of the output."""
@@ -116,6 +130,9 @@ class Linear(Layer):
     def right(self, role, arguments, x):
         return x.reshape(1, x.shape[0], -1, x.shape[-1]) if role == "weight" else None
 
+    def from_channels(self, arguments, delta, channels):
+        return delta[..., None] * arguments["weight"][channels, None]
+
     def flops(self, arguments, output):
         return 2.0 * output.numel() * arguments["weight"].shape[-1]
 
@@ -148,6 +165,30 @@ def windows(
     )
 
 
+def transposed(
+    delta: Tensor,
+    kernels: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """What a convolution's output ``[n, 1, *position]`` gives back to its input ``[n, i, *size]`` by ``kernels [i, *kernel]``.
+
+    As a correlation with the flipped kernel: for a single channel much faster than the kernels for transposed ones.
+    """  # noqa: E501
+    dims, apart = len(stride), [st * (length - 1) + 1 for st, length in zip(stride, delta.shape[2:], strict=True)]
+    spread = delta.new_zeros(*delta.shape[:2], *apart)
+    places = (slice(None), slice(None), *(slice(None, None, st) for st in stride))
+    spread[places] = delta
+    reach = [d * (k - 1) for d, k in zip(dilation, kernels.shape[1:], strict=True)]
+    # a window that starts at -lo covers input positions up to reach - lo
+    pads = [(r - lo, length - a + lo) for r, (lo, _), length, a in zip(reach, padding, size, apart, strict=True)]
+    spread = nnf.pad(spread, [p for lo_hi in reversed(pads) for p in lo_hi])
+    flipped = kernels.flip(*range(1, 1 + dims))[:, None]
+    return torch.convolution(spread, flipped, None, (1,) * dims, (0,) * dims, dilation, False, (0,) * dims, 1)
+
+
 class Conv(Layer):
     """Convolution in any number of dimensions: windows of the input against the output's cotangent."""
 
@@ -172,6 +213,23 @@ class Conv(Layer):
             padding = 0 if padding == "valid" else padding
             pads = [(p, p) for p in _tuple(padding, dims)]
         return kernel, stride, pads, dilation
+
+    def from_channels(self, arguments, delta, channels):
+        weight, (i, *size) = arguments["weight"].detach(), arguments["weight"].shape[1:2] + arguments["input"].shape[2:]
+        positions, geometry, kernels = delta.shape[2:], self._geometry(arguments)[1:], weight[channels]
+        if positions.numel() <= SMALL_MAP:  # a matrix, [q, position, (i *size)]
+            eye = torch.eye(positions.numel()).to(delta).view(-1, 1, *positions)
+            matrix = transposed(eye, kernels.flatten(0, 1), size, *geometry).unflatten(1, (len(channels), i))
+            found = (delta.flatten(2) @ matrix.transpose(0, 1).flatten(2)).view(*delta.shape[:2], i, *size)
+        else:
+            each = zip(delta.unsqueeze(2), kernels, strict=True)
+            found = torch.stack([transposed(d, w, size, *geometry) for d, w in each])
+        groups = arguments.get("groups", 1)
+        if groups == 1:
+            return found
+        whole = found.new_zeros(*found.shape[:2], groups, *found.shape[2:])
+        whole[torch.arange(len(channels)), :, channels // (len(weight) // groups)] = found
+        return whole.flatten(2, 3)
 
     def left(self, role, arguments, delta):
         return rearrange(delta.flatten(3), "q n (g o) s -> q n g o s", g=arguments.get("groups", 1))

@@ -40,7 +40,7 @@ class Products:
         self.centred = set(centred)
         self._room = RIGHT_BYTES if keep else 0
         self._rights: dict[tuple[int, str], Tensor] = {}
-        self._sizes: dict[tuple[int, str], int] = {}
+        self._first: dict[tuple[int, str], Tensor | None] = {}
         self._kept: dict[tuple[int, str], bool] = {}
         self._means: dict[tuple[int, str], Tensor] = {}
         names = {id(p): name for name, p in wanted.items()}
@@ -62,15 +62,23 @@ class Products:
     def vanishes(self, name: str) -> bool:
         """Whether all rows of a parameter are zero: a bias whose BatchNorm takes it off again."""
         uses = self.uses.get(name, ())
-        return bool(uses) and all(j in self.centred and not self._size(j, role) for j, role in uses)
+        return bool(uses) and all(self._centred_ones(j, role) for j, role in uses)
 
     # ---------------------------------------------------------------- the layer's input
+    def _one_row(self, j: int, role: str) -> Tensor | None:
+        """Right operand of the first row of the layer's input, ``[g, 1, s, i]``; ``None`` for ones."""
+        if (j, role) not in self._first:
+            self._first[j, role] = self._trace.sites[j].call.right(role, slice(0, 1))
+        return self._first[j, role]
+
     def _size(self, j: int, role: str) -> int:
         """Bytes of one input row's right operand; 0 for ones."""
-        if (j, role) not in self._sizes:
-            one = self._trace.sites[j].call.right(role, slice(0, 1))
-            self._sizes[j, role] = 0 if one is None else one.numel() * one.element_size()
-        return self._sizes[j, role]
+        one = self._one_row(j, role)
+        return 0 if one is None else one.numel() * one.element_size()
+
+    def _centred_ones(self, j: int, role: str) -> bool:
+        """Whether an operand is zero: a bias's ones, less their mean."""
+        return j in self.centred and self._one_row(j, role) is None
 
     def right(self, j: int, role: str, rows: slice = slice(None)) -> Tensor | None:
         """Right operand of a product, ``[g, n, s, i]``, kept as long as all of them stay small.
@@ -109,7 +117,7 @@ class Products:
         """One parameter's product with ``delta [q, ...]`` at one site, summed over the batch: ``[q, *p]``."""
         call, right = self._trace.sites[j].call, self.right(j, role)
         shape = call.arguments[role].shape
-        if right is None and j in self.centred:
+        if self._centred_ones(j, role):
             return delta.new_zeros(len(delta), *shape)
         return call.layer.unfold(role, Product(call.layer.left(role, call.arguments, delta), right).summed(), shape)
 
@@ -135,7 +143,7 @@ class Products:
         total = None
         for j, role in self.uses.get(name, ()):
             d = delta[j]
-            if d is None or (j in self.centred and not self._size(j, role)):
+            if d is None or self._centred_ones(j, role):
                 continue
             rows = self._own_at(j, role, d, n)
             total = rows if total is None else total + rows
@@ -156,14 +164,14 @@ class Products:
             rows = rows.unflatten(0, (-1, t)).sum(1)
         return call.layer.unfold(role, rows, call.arguments[role].shape)
 
-    def centre(self, name: str, product: Tensor, received: Mapping[int | None, Tensor]) -> Tensor:
+    def centre(self, name: str, product: Tensor, received: Mapping[int, Tensor]) -> Tensor:
         """Σ δ x → Σ δ (x - x̄) in ``product [q, *p]``; by site, what its BatchNorm's mean ``received [q, o]``: -Σ δ."""
         if self.vanishes(name):
             return torch.zeros_like(product)
         for j, role in self.uses[name]:
             if j not in received:  # not below this direction
                 continue
-            if j in self.centred and not self._size(j, role):
+            if self._centred_ones(j, role):
                 product = product + received[j]
             elif j in self.centred:
                 mean = self.mean(j, role)  # [g, 1, 1, i]
@@ -178,7 +186,7 @@ class Products:
         if len(uses) != 1:
             return False
         call = self._trace.sites[uses[0][0]].call
-        right = call.right(uses[0][1], slice(0, 1))
+        right = self._one_row(*uses[0])
         outer = right is not None and right.shape[:3] == (1, 1, 1) and call.output[0] == self._samples
         return outer and type(call.layer).unfold is Layer.unfold
 

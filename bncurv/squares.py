@@ -21,8 +21,8 @@ from torch import Tensor
 from bncurv.costs import ROW_BYTES, chunks
 from bncurv.directions import Correction
 
-# A sum below this part of the squares of its terms is computed again: ulp / KEPT is about 1e-5 and 2e-12
 BLOCK_BYTES = 2**22  # of P at once: stays in cache
+# A sum below this part of the squares of its terms is computed again: ulp / KEPT is about 1e-5 and 2e-12
 KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
 
 

@@ -101,6 +101,14 @@ class BatchNormCoupling(Coupling):
         centred = self._x - _per_channel(self._x, self._mean)
         return torch.stack([torch.full_like(centred, 1 / m), 2 / m * centred])
 
+    def own_cotangents_of(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of some coordinates of the statistics: their channels ``[q]`` and, there, ``[q, m, *position]``."""
+        channels = self._x.shape[1]
+        m, channel = self._x.numel() // channels, coordinates % channels
+        x, mean = self._x[:, channel], self._mean[channel]
+        slope = 2 / m * (x - _per_channel(x, mean))
+        return channel, torch.where(_per_channel(x, coordinates < channels), 1 / m, slope).transpose(0, 1)
+
     @functools.cached_property
     def normalised(self) -> Tensor:
         """x̂, kept while the graph lives."""

@@ -30,16 +30,16 @@ def singly(request, monkeypatch) -> dict[str, int]:
 def summed(monkeypatch) -> Iterator[dict[str, int]]:
     """How many directions of each BatchNorm were summed on the way, by its name."""
     count: dict[str, int] = {}
-    own = Engine._closed_sums
+    own = Engine._summed_on_the_way
 
-    def counted(self: Engine, j: int, cotangent: Tensor, names: list[str]) -> Any:
+    def counted(self: Engine, j: int, output: Any, cotangent: Tensor, names: list[str]) -> Any:
         assert len(cotangent) == 1
-        if self.sites_below(j):
+        if self.structure.below[j]:
             name = self.trace.sites[j].coupling.name
             count[name] = count.get(name, 0) + 1
-        return own(self, j, cotangent, names)
+        return own(self, j, output, cotangent, names)
 
-    monkeypatch.setattr(Engine, "_closed_sums", counted)
+    monkeypatch.setattr(Engine, "_summed_on_the_way", counted)
     yield count
 
 
@@ -162,10 +162,10 @@ FREE = [
     case("steps", steps, labelled(5, 3, 3)),
 ]
 NAMED = {one.name: one for one in FREE}
-STRADDLING = {  # BN whose own layer is used below it as well → directions of the others, which need not go that way
-    case("twice", shared_below("shared", "bn1", "shared", "bn2", "out"), VECTORS): {},
-    case("shared_block", shared_below("shared", "bn", "shared", "bn", "out"), VECTORS): {},
-    case("later_twice", shared_below("mid", "bn1", "shared", "bn2", "shared", "bn3", "out"), VECTORS): {"bn2": 8},
+STRADDLING = {  # a BatchNorm whose own layer is used below it as well → directions by BatchNorm
+    case("twice", shared_below("shared", "bn1", "shared", "bn2", "out"), VECTORS): {"bn2": 8},
+    case("shared_block", shared_below("shared", "bn", "shared", "bn", "out"), VECTORS): {"bn": 8},
+    case("later", shared_below("mid", "bn1", "shared", "bn2", "shared", "bn3", "out"), VECTORS): {"bn2": 8, "bn3": 8},
     case("shared_norm", shared_below("shared", "bn", "mid", "bn", "out"), VECTORS): {"bn": 8},
 }
 ABOVE = [
@@ -188,7 +188,7 @@ def test_networks(one, singly, summed):
 
 @pytest.mark.parametrize("one", STRADDLING, ids=str)
 def test_layer_shared_with_one_below(one, singly, summed):
-    """The gradient of a shared parameter would hold the direct layer's part too: such directions take the other way."""
+    """The pass starts below the direct layer, so the gradient of a shared parameter holds the lower uses only."""
     assert_exact(one, **singly)
     assert {name: count // 2 for name, count in summed.items()} == STRADDLING[one]  # two calls of `curvature`
 

@@ -24,10 +24,10 @@ TIGHT = {torch.float64: 1e-12, torch.float32: 1e-5}
 # ------------------------------------------------------------------------------------- by itself
 
 
-def double(factors: Factors) -> Factors:
+def in_dtype(factors: Factors, dtype: torch.dtype) -> Factors:
     left, right, c = factors
-    A, P = (None if t is None else t.double() for t in (c.A, c.P))
-    return left.double(), right.double(), Correction(A, P, tuple((a.double(), p.double()) for a, p in c.direct))
+    A, P = (None if t is None else t.to(dtype) for t in (c.A, c.P))
+    return left.to(dtype), right.to(dtype), Correction(A, P, tuple((a.to(dtype), p.to(dtype)) for a, p in c.direct))
 
 
 def row_form(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
@@ -42,7 +42,7 @@ def row_form(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
 
 def errors(got: Tensor, factors: Factors) -> Tensor:
     """Relative error of every entry."""
-    want = row_form(*double(factors))
+    want = row_form(*in_dtype(factors, torch.float64))
     return (got - want).abs() / want
 
 
@@ -51,12 +51,6 @@ def drawn(directions: int | None, moments: tuple[int, ...], tail: tuple[int, ...
     A, P = (None, None) if directions is None else (torch.randn(N, C, directions), torch.randn(directions, O, I, *tail))
     direct = tuple((torch.randn(N, C, m, O), torch.randn(m, O, I, *tail)) for m in moments)
     return torch.randn(C, N, O), torch.randn(N, I), Correction(A, P, direct)
-
-
-def in_dtype(factors: Factors, dtype: torch.dtype) -> Factors:
-    left, right, c = factors
-    A, P = (None if t is None else t.to(dtype) for t in (c.A, c.P))
-    return left.to(dtype), right.to(dtype), Correction(A, P, tuple((a.to(dtype), p.to(dtype)) for a, p in c.direct))
 
 
 @pytest.mark.parametrize("dtype", TIGHT)

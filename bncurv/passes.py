@@ -1,0 +1,62 @@
+"""Backward passes through a recorded graph: several cotangents at once, gates closed or as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from bncurv.record import Site
+
+Ends = Sequence[GradientEdge | Tensor]
+
+
+def vjp(outputs: Ends, edges: Ends, cotangents: list[Tensor]) -> list[Tensor | None]:
+    """Backward passes of ``cotangents [q, *output]`` at once: ``[q, *edge]`` per edge, ``None`` for zero."""
+    count = len(cotangents[0])
+    pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+    if count > 1 and not torch.is_anomaly_enabled():
+        try:
+            return _batched(pull, outputs, edges, cotangents)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
+            pass
+    rows = [[_strided(g) for g in pull(outputs, edges, [t[i] for t in cotangents])] for i in range(count)]
+    stack = torch.stack if count > 1 else lambda g: g[0][None]
+    return [None if g[0] is None else stack(g) for g in zip(*rows, strict=True)]
+
+
+def _batched(pull: Callable[..., tuple], outputs: Ends, edges: Ends, cotangents: list[Tensor]) -> list[Tensor | None]:
+    """All cotangents in one vectorised pass; ``torch.vmap`` has rules where ``is_grads_batched`` loops."""
+    reached: list[bool] = []
+
+    def one(*cotangent: Tensor) -> list[Tensor]:
+        got = pull(outputs, edges, cotangent)
+        reached[:] = [g is not None for g in got]
+        return [g for g in got if g is not None]
+
+    found = iter(torch.vmap(one)(*cotangents))
+    return [next(found) if there else None for there in reached]
+
+
+def _strided(g: Tensor | None) -> Tensor | None:
+    """An embedding's sparse gradient as an ordinary tensor."""
+    return g if g is None or g.layout == torch.strided else g.to_dense()
+
+
+@contextmanager
+def closed_gates(sites: list[Site], sums: bool = False) -> Iterator[None]:
+    """Hold the statistics of a graph constant; also where several forward passes meet."""
+    gates = {s.coupling.gates for s in sites if s.mark.coupling}
+    for g in gates:
+        g.closed, g.sums = True, sums
+    try:
+        yield
+    finally:
+        for g in gates:
+            g.closed = g.sums = False

@@ -1,0 +1,75 @@
+"""What a trace says about the ways of cotangents: which layers lie below which statistics (letters: ``engine.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.autograd.graph import GradientEdge
+
+from bncurv.record import Trace
+from bncurv.statistics import BatchNormCoupling
+
+
+class Structure:
+    """Order and neighbourhood of the sites of a traced graph.
+
+    Args:
+        trace: the traced graph.
+        uses: parameter name → the sites that use it.
+
+    Attributes:
+        couplings: sites of the couplings that any wanted parameter lies below, in forward order.
+        direct: by coupling, the site whose output is its input, entry by entry, if channels lead its parameters' axes.
+        below: by coupling, what a pass from its statistics must reach: calls but the direct one, lower couplings.
+        through: by coupling, all sites that such a pass crosses, as a bit set.
+        sole: direct sites that nothing but the BatchNorm behind takes up.
+        pulled_from: parameter name → couplings whose passes reach it, in forward order.
+        width: by coupling, the number of its statistics.
+        entries: parameter name → rows of P it needs: the statistics above it but for those directly above.
+    """
+
+    def __init__(self, trace: Trace, uses: Mapping[str, set[int]]) -> None:
+        self._trace = trace
+        self._calls = sorted(set().union(*uses.values()))
+        sites = trace.sites
+        self.couplings = [j for j, s in enumerate(sites) if s.mark.coupling and self.calls_in(s.upstream)]
+        self.direct = {j: self._find_direct(j) for j in self.couplings}
+        self.below: dict[int, list[int]] = {}
+        self.through: dict[int, int] = {}
+        for j, i in self.direct.items():
+            upstream = sites[j].upstream
+            self.below[j] = sorted({*self.calls_in(upstream), *self.couplings_in(upstream)} - {i})
+            self.through[j] = upstream if i is None else upstream & ~(1 << i)
+        ends = {i: sites[i].edge for i in self.direct.values() if i is not None}
+        self.sole = {i for i, e in ends.items() if trace.takers[e.node, e.output_nr] == 1}
+        self.width = {j: sites[j].coupling.statistics.numel() for j in self.couplings}
+        self.pulled_from = {
+            name: [j for j in self.couplings if not used.isdisjoint(self.below[j])] for name, used in uses.items()
+        }
+        self.entries = {name: sum(self.width[j] for j in above) for name, above in self.pulled_from.items()}
+
+    def calls_in(self, sites: int) -> list[int]:
+        """Sites of a bit set that hold a wanted parameter's call, in forward order."""
+        return [j for j in self._calls if sites >> j & 1]
+
+    def couplings_in(self, sites: int) -> list[int]:
+        """Couplings of a bit set, in forward order."""
+        return [j for j in self.couplings if sites >> j & 1]
+
+    def lower(self, j: int) -> list[int]:
+        """Couplings below coupling ``j``, in forward order."""
+        return self.couplings_in(self._trace.sites[j].upstream)
+
+    def edges(self, sites: list[int]) -> list[GradientEdge]:
+        """Where the cotangents of ``sites`` are read."""
+        return [self._trace.sites[j].edge for j in sites]
+
+    def _find_direct(self, j: int) -> int | None:
+        coupling, below = self._trace.sites[j].mark.coupling, self._trace.sites[j].mark.below
+        if not isinstance(coupling, BatchNormCoupling):
+            return None
+        for i in self.calls_in(self._trace.sites[j].upstream):
+            call, edge = self._trace.sites[i].call, self._trace.sites[i].edge
+            if edge.node is below[0].node and call.layer.channels_lead(call.output):
+                return i if edge.output_nr == below[0].output_nr and call.output == coupling.shape else None
+        return None
