@@ -82,6 +82,7 @@ class MatrixFreeGGN(LowRank):
         # as rows of V: √λ e, so that the base class' formulas apply to the leading part
         rows = torch.from_numpy((vectors[:, kept] * np.sqrt(values[kept])).T).to(self.device, self.dtype)
         self._rows, self.components = self.unflatten(rows), len(rows)
+        self._decomposition = torch.from_numpy(values[kept]).to(rows), torch.eye(len(rows)).to(rows)
 
     def _product(self, v: Tensor) -> Tensor:
         columns = v[:, None] if v.dim() == 1 else v

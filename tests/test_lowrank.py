@@ -12,6 +12,7 @@ from torch import nn
 
 import bncurv
 from bncurv import LowRankGGN, SlowPathWarning, curvature, reference
+from bncurv.lowrank import gram
 
 EXACT = [*MODELS, *ARCHITECTURES, *LOSSES]
 SOME = [c for c in EXACT if c.name in ("residual_cnn", "unet", "dcgan", "mlp_bn", "densenet")]
@@ -279,3 +280,13 @@ def test_double_backward_through_an_extended_model_is_pytorchs():
         grads = torch.autograd.grad(loss_fn(model(X), y), params, create_graph=True)
         hessian_products.append(torch.autograd.grad(sum((g * g.detach()).sum() for g in grads), params))
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*hessian_products, strict=True))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 16, 37])
+def test_gram(size):
+    """Half of it is computed, the other half mirrored."""
+    parts = [torch.randn(size, width, dtype=torch.float64) for width in (3, 1, 50)]
+    whole = torch.cat(parts, 1)
+    got = gram(parts)
+    assert torch.equal(got, got.T)
+    torch.testing.assert_close(got, whole @ whole.T, rtol=1e-12, atol=1e-12)
