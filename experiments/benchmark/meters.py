@@ -140,6 +140,10 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, int
     return result, max(0, _status_bytes("VmHWM") - before)
 
 
+aten = torch.ops.aten
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+
+
 class FlopMeter(TorchDispatchMode):
     """Counts FLOPs (two per multiply-add) of matrix products and convolutions."""
 
@@ -149,10 +153,10 @@ class FlopMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet is torch.ops.aten.convolution:
+        packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
+        if packet is aten.convolution:
             self.flops += _convolution_flops(out, args[0], args[1], args[6])
-        elif packet is torch.ops.aten.convolution_backward:
+        elif packet is aten.convolution_backward:
             grad, x, weight, mask = args[0], args[1], args[2], args[10]
             self.flops += (mask[0] + mask[1]) * _convolution_flops(grad, x, weight, args[7])
         elif packet in flop_registry:
