@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bncurv.engine import Engine
 
-CHUNK_BYTES = 32 * 2**20  # cotangents of all layers held at once
-DENSE_BYTES = 32 * 2**20  # the same in the dense way
-WORTHWHILE = 6  # fewer backward passes than this are not done at once
+CHUNK_BYTES = 16 * 2**20  # cotangents of all layers held at once
+WORTHWHILE = 3  # fewer backward passes than this are not done at once
 RIGHT_BYTES = 64 * 2**20  # unfolded inputs of all layers kept for reuse
 DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
@@ -32,9 +31,9 @@ def chunks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _batch(budget: int, each: int) -> int:
+def _batch(each: int) -> int:
     """How many backward passes to do at once; few large ones are faster one after the other."""
-    count = budget // max(1, each)
+    count = CHUNK_BYTES // max(1, each)
     return count if count >= WORTHWHILE else 1
 
 
@@ -123,11 +122,11 @@ class Costs:
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return min(128, _batch(DENSE_BYTES, self._bytes(-1)))
+        return min(128, _batch(self._bytes(-1)))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        return _batch(CHUNK_BYTES, self._bytes(self._engine.structure.through[j]))
+        return _batch(self._bytes(self._engine.structure.through[j]))
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from bncurv.costs import ROW_BYTES, chunks
 from bncurv.directions import Correction
 
-BLOCK_BYTES = 2**22  # of P at once: stays in cache
+BLOCK_BYTES = 2**23  # of P at once, or of Σ_c A δ: stays in cache
 # A sum below this part of the squares of its terms is computed again: ulp / KEPT is about 1e-5 and 2e-12
 KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
 
@@ -66,7 +66,8 @@ def _add_directions(
     by_sample, columns, flat = left.transpose(0, 1), A.flatten(0, 1), P.flatten(1)  # [n, c, o], [k, q], [q, (o i)]
     half_M = 0.5 * columns.T @ columns
     pairs = [(columns.T @ a[:, :, m].flatten(0, 1), p[m]) for a, p in direct for m in range(len(p))]
-    for q in chunks(len(P), max(1, BLOCK_BYTES // (flat.shape[1] * flat.element_size()))):
+    each = flat.element_size() * max(flat.shape[1], by_sample.shape[0] * by_sample.shape[2])
+    for q in chunks(len(P), max(1, BLOCK_BYTES // each)):
         weights = rearrange(A[..., q].mT @ by_sample, "n q o -> (q o) n")
         rest = (half_M[q] @ flat).view(-1, right.shape[1]).addmm_(weights, right).view_as(P[q])
         for t, p in pairs:

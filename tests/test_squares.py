@@ -66,7 +66,7 @@ def test_random_factors(directions, moments, dtype):
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_chunks_of_directions(at_once, moments, monkeypatch, float64):
     factors = drawn(7, moments)
-    monkeypatch.setattr("bncurv.squares.BLOCK_BYTES", at_once * O * I * 8)
+    monkeypatch.setattr("bncurv.squares.BLOCK_BYTES", at_once * O * max(N, I) * 8)
     slices = []
     chunks = bncurv.squares.chunks
     monkeypatch.setattr("bncurv.squares.chunks", lambda *a: slices.append(list(chunks(*a))) or chunks(*a))
