@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bncurv.costs import chunks
+from bncurv.statistics_passes import StatisticsPasses
 
 if TYPE_CHECKING:
     from bncurv.engine import Engine, Source
@@ -75,6 +76,7 @@ class Directions:
     def __init__(self, engine: Engine, names: list[str], between: dict[int, dict[int, Tensor]] | None = None) -> None:
         self._engine = weakref.proxy(engine)  # no cycle: graphs die with the call
         structure = self._structure = engine.structure
+        self._passes = StatisticsPasses(engine)
         self.between = dict(between or {})
         self._a: dict[int, Tensor] = {}
         self._products = {name: engine.products.zeros(name, structure.entries[name]) for name in names}
@@ -108,7 +110,7 @@ class Directions:
         if not names and (known or not self.between[j]):
             return
         for q in chunks(width[j], engine.chunk_size or engine.costs.direction_chunk(j)):
-            products, received = engine.from_statistics(j, q, names)
+            products, received = self._passes.pull(j, q, names)
             for name in names:
                 self._rows[name][j][q] = products[name]
             for i, rows in received.items():

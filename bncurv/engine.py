@@ -38,7 +38,6 @@ from bncurv.directions import Correction, Directions, TruncatedDirections
 from bncurv.passes import closed_gates
 from bncurv.products import Products
 from bncurv.record import Trace, trace
-from bncurv.statistics import BatchNormCoupling
 from bncurv.structure import Structure
 
 
@@ -220,67 +219,6 @@ class Engine:
         """Cotangents at ``sites`` with the statistics held constant, by site."""
         with closed_gates(self.trace.sites):
             return dict(zip(sites, self.vjp(output, self.structure.edges(sites), cotangents), strict=True))
-
-    def from_statistics(self, j: int, q: slice, names: list[str]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """Pull the coordinates ``q`` of coupling ``j``'s statistics back to the parameters and statistics below.
-
-        The layer directly below takes no part: its parameters need no pass, and of its output's cotangent, which has
-        one channel, its input's is made at once (`Layer.from_channels`). A single cotangent, which is as much as fits
-        where maps are large, is summed over the batch on the way by PyTorch's own kernels; several are kept at all
-        layers and then multiplied.
-
-        Returns:
-            Rows of P ``[q, *p]`` by name, rows of B ``[q, R]`` by lower coupling (those that are reached).
-        """
-        output, cotangents = self._coordinates(j, q)
-        pull = self._summed_on_the_way if len(cotangents) == 1 else self._summed_afterwards
-        return pull(j, output, cotangents, names)
-
-    def _coordinates(self, j: int, q: slice) -> tuple[Tensor | GradientEdge, Tensor]:
-        """Where to pull coordinates of coupling ``j``'s statistics from, and their cotangents there."""
-        coupling, direct = self.trace.sites[j].coupling, self.structure.direct[j]
-        index = torch.arange(q.start, q.stop, device=coupling.statistics.device)
-        if direct is not None and isinstance(coupling, BatchNormCoupling):
-            call, (channel, values) = self.trace.sites[direct].call, coupling.own_cotangents_of(index)
-            return call.below[0], call.layer.from_channels(call.arguments, values, channel)
-        one_hot = coupling.statistics.new_zeros(len(index), self.structure.width[j])
-        one_hot[torch.arange(len(index)), index] = 1
-        return coupling.statistics, one_hot.view(-1, *coupling.statistics.shape)
-
-    def _summed_afterwards(
-        self, j: int, output: Tensor | GradientEdge, cotangents: Tensor, names: list[str]
-    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        lower = self.structure.lower(j)
-        used = {i for name in names for i in self.products.sites(name)}
-        delta = self.closed_vjp(output, sorted({*lower, *used.intersection(self.structure.below[j])}), cotangents)
-        received: dict[int, Tensor] = {}
-        sums: dict[int, Tensor] = {}
-        for i in lower:
-            c, d = self.trace.sites[i].coupling, delta[i]
-            if d is not None and isinstance(c, BatchNormCoupling):
-                sums[i] = c.sums(d)
-                received[i] = c.from_sums(sums[i])
-            elif d is not None:
-                received[i] = c.summed(d)
-        return {name: self.products.summed(name, delta, len(cotangents), sums) for name in names}, received
-
-    def _summed_on_the_way(
-        self, j: int, output: Tensor | GradientEdge, cotangent: Tensor, names: list[str]
-    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        lower = {i: self.trace.sites[i].coupling for i in self.structure.lower(j)}
-        ends = [c.handle if isinstance(c, BatchNormCoupling) else self.trace.sites[i].edge for i, c in lower.items()]
-        with closed_gates(self.trace.sites, sums=True):
-            got = self.vjp(output, [*(self.wanted[name] for name in names), *ends], cotangent)
-        received: dict[int, Tensor] = {}
-        means: dict[int, Tensor] = {}  # by direct site
-        for (i, c), g in zip(lower.items(), got[len(names) :], strict=True):
-            if g is not None:
-                received[i] = g.flatten(1) if isinstance(c, BatchNormCoupling) else c.summed(g)
-                direct = self.structure.direct[i]
-                if direct is not None:
-                    means[direct] = received[i][:, : self.structure.width[i] // 2]
-        products = {name: self.products.zeros(name, 1) if g is None else g for name, g in zip(names, got, strict=False)}
-        return {name: self.products.centre(name, p, means) for name, p in products.items()}, received
 
     def pull_mixed(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""

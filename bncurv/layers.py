@@ -16,7 +16,7 @@ table: torch function → how to build the operands. A new layer is one more row
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +24,9 @@ import torch.nn.functional as nnf
 from einops import rearrange, reduce
 from torch import Tensor
 
-Arguments = dict[str, Any]
+from bncurv.convolution import one_channel_back, per_axis, windows
 
-SMALL_MAP = 64  # positions up to which one channel's way back through a convolution is taken as a matrix
+Arguments = dict[str, Any]
 
 
 class Product(NamedTuple):
@@ -137,58 +137,6 @@ class Linear(Layer):
         return 2.0 * output.numel() * arguments["weight"].shape[-1]
 
 
-def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * length
-    return tuple(value) * (length if len(value) == 1 else 1)
-
-
-def windows(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> Tensor:
-    """All windows a kernel sees: ``[n, channel, *kernel, *position]``, a strided view of the padded input."""
-    x = nnf.pad(x, [p for lo_hi in reversed(padding) for p in lo_hi])
-    size, step = x.shape[2:], x.stride()[2:]
-    geometry = list(zip(size, kernel, stride, dilation, strict=True))
-    positions = [(length - d * (k - 1) - 1) // st + 1 for length, k, st, d in geometry]
-    return x.as_strided(
-        (*x.shape[:2], *kernel, *positions),
-        (
-            *x.stride()[:2],
-            *(a * d for a, d in zip(step, dilation, strict=True)),
-            *(a * st for a, st in zip(step, stride, strict=True)),
-        ),
-    )
-
-
-def transposed(
-    delta: Tensor,
-    kernels: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> Tensor:
-    """What a convolution's output ``[n, 1, *position]`` gives back to its input ``[n, i, *size]`` by ``kernels [i, *kernel]``.
-
-    As a correlation with the flipped kernel: for a single channel much faster than the kernels for transposed ones.
-    """  # noqa: E501
-    dims, apart = len(stride), [st * (length - 1) + 1 for st, length in zip(stride, delta.shape[2:], strict=True)]
-    spread = delta.new_zeros(*delta.shape[:2], *apart)
-    places = (slice(None), slice(None), *(slice(None, None, st) for st in stride))
-    spread[places] = delta
-    reach = [d * (k - 1) for d, k in zip(dilation, kernels.shape[1:], strict=True)]
-    # a window that starts at -lo covers input positions up to reach - lo
-    pads = [(r - lo, length - a + lo) for r, (lo, _), length, a in zip(reach, padding, size, apart, strict=True)]
-    spread = nnf.pad(spread, [p for lo_hi in reversed(pads) for p in lo_hi])
-    flipped = kernels.flip(*range(1, 1 + dims))[:, None]
-    return torch.convolution(spread, flipped, None, (1,) * dims, (0,) * dims, dilation, False, (0,) * dims, 1)
-
-
 class Conv(Layer):
     """Convolution in any number of dimensions: windows of the input against the output's cotangent."""
 
@@ -203,32 +151,25 @@ class Conv(Layer):
     def _geometry(self, arguments: Arguments) -> tuple:
         kernel = tuple(arguments["weight"].shape[2:])
         dims = len(kernel)
-        stride = _tuple(arguments.get("stride", 1), dims)
-        dilation = _tuple(arguments.get("dilation", 1), dims)
+        stride = per_axis(arguments.get("stride", 1), dims)
+        dilation = per_axis(arguments.get("dilation", 1), dims)
         padding = arguments.get("padding", 0)
         if padding == "same":
             total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
             pads = [(t // 2, t - t // 2) for t in total]
         else:
             padding = 0 if padding == "valid" else padding
-            pads = [(p, p) for p in _tuple(padding, dims)]
+            pads = [(p, p) for p in per_axis(padding, dims)]
         return kernel, stride, pads, dilation
 
     def from_channels(self, arguments, delta, channels):
-        weight, (i, *size) = arguments["weight"].detach(), arguments["weight"].shape[1:2] + arguments["input"].shape[2:]
-        positions, geometry, kernels = delta.shape[2:], self._geometry(arguments)[1:], weight[channels]
-        if positions.numel() <= SMALL_MAP:  # a matrix, [q, position, (i *size)]
-            eye = torch.eye(positions.numel()).to(delta).view(-1, 1, *positions)
-            matrix = transposed(eye, kernels.flatten(0, 1), size, *geometry).unflatten(1, (len(channels), i))
-            found = (delta.flatten(2) @ matrix.transpose(0, 1).flatten(2)).view(*delta.shape[:2], i, *size)
-        else:
-            each = zip(delta.unsqueeze(2), kernels, strict=True)
-            found = torch.stack([transposed(d, w, size, *geometry) for d, w in each])
+        weight, size = arguments["weight"].detach(), arguments["input"].shape[2:]
+        found = one_channel_back(delta, weight[channels], size, *self._geometry(arguments)[1:])
         groups = arguments.get("groups", 1)
         if groups == 1:
             return found
         whole = found.new_zeros(*found.shape[:2], groups, *found.shape[2:])
-        whole[torch.arange(len(channels)), :, channels // (len(weight) // groups)] = found
+        whole[torch.arange(len(channels), device=channels.device), :, channels // (len(weight) // groups)] = found
         return whole.flatten(2, 3)
 
     def left(self, role, arguments, delta):

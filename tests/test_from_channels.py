@@ -5,9 +5,9 @@ import torch
 from cases import float64
 from torch import Tensor, nn
 
-from bncurv import DiagGGNExact, curvature, layers
-from bncurv.engine import Engine
+from bncurv import DiagGGNExact, curvature
 from bncurv.layers import LAYERS, Layer
+from bncurv.statistics_passes import StatisticsPasses
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NAMES = {nn.Conv1d: torch.conv1d, nn.Conv2d: torch.conv2d, nn.Conv3d: torch.conv3d, nn.Linear: nn.functional.linear}
@@ -48,7 +48,7 @@ def assert_pulled(layer: nn.Module, x: Tensor, channels: list[int]) -> None:
 @pytest.mark.parametrize("dims", CONV)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_convolutions(options, dims, small, monkeypatch):
-    monkeypatch.setattr(layers, "SMALL_MAP", small * 10)
+    monkeypatch.setattr("bncurv.convolution.SMALL_MAP", small * 10)
     with float64(0):
         layer = CONV[dims](4, 8, **options)
         assert_pulled(layer, torch.randn(3, 4, *(8, 7, 9)[:dims]), [0, 5, 7, 5])
@@ -63,15 +63,15 @@ def test_linear():
 def test_passes_start_below_the_direct_layer(chunk_size, monkeypatch):
     """No pass for a BatchNorm's statistics goes through the layer that feeds it."""
     crossed: list[bool] = []
-    own = Engine._coordinates
+    own = StatisticsPasses._start
 
     def noted(self, j, q):
         output, cotangents = own(self, j, q)
-        crossed.append(self.structure.direct[j] is not None)
-        assert output == self.trace.sites[self.structure.direct[j]].call.below[0]
+        crossed.append(self._structure.direct[j] is not None)
+        assert output == self._sites[self._structure.direct[j]].call.below[0]
         return output, cotangents
 
-    monkeypatch.setattr(Engine, "_coordinates", noted)
+    monkeypatch.setattr(StatisticsPasses, "_start", noted)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 2), nn.BatchNorm2d(6),
                         nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))  # fmt: skip
     X, y = torch.randn(8, 1, 8, 8), torch.randint(3, (8,))

@@ -13,8 +13,8 @@ from test_exact import assert_close
 from torch import Tensor, nn
 
 from bncurv import ComponentGrad, DiagGGNExact, SumComponentGradSquared, curvature, extend, reference
-from bncurv.engine import Engine
 from bncurv.record import trace
+from bncurv.statistics_passes import StatisticsPasses
 
 
 @pytest.fixture(params=["chunk_size", "direction_chunk"])
@@ -30,16 +30,16 @@ def singly(request, monkeypatch) -> dict[str, int]:
 def summed(monkeypatch) -> Iterator[dict[str, int]]:
     """How many directions of each BatchNorm were summed on the way, by its name."""
     count: dict[str, int] = {}
-    own = Engine._summed_on_the_way
+    own = StatisticsPasses._summed_on_the_way
 
-    def counted(self: Engine, j: int, output: Any, cotangent: Tensor, names: list[str]) -> Any:
+    def counted(self: StatisticsPasses, j: int, output: Any, cotangent: Tensor, names: list[str]) -> Any:
         assert len(cotangent) == 1
-        if self.structure.below[j]:
-            name = self.trace.sites[j].coupling.name
+        if self._structure.below[j]:
+            name = self._sites[j].coupling.name
             count[name] = count.get(name, 0) + 1
         return own(self, j, output, cotangent, names)
 
-    monkeypatch.setattr(Engine, "_summed_on_the_way", counted)
+    monkeypatch.setattr(StatisticsPasses, "_summed_on_the_way", counted)
     yield count
 
 
