@@ -141,7 +141,6 @@ class Engine:
         self.costs = Costs(self, columns)
         self._tol = tol
         self.error: dict[str, float] = {}
-        self.directions: Directions | TruncatedDirections
         self._between: dict[int, dict[int, Tensor]] = {}
         self._slow = self._without_product()
         self.way = self._choose(method)
@@ -239,14 +238,18 @@ class Engine:
                         yield key, Rows(name, values[None], slice(0, 1), q)
         coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self._slow]
         for names in self.costs.groups(coupled) if plain else ():
-            self.directions = self._pull_directions(list(plain.values()), names)
-            for key, source in plain.items():
-                for block in self._coupled(source, names, key in self.squares):
-                    yield key, block
+            yield from self._group(plain, names)  # P of one group at a time: it goes with the generator
         dense = [name for name in self.wanted if name not in coupled]
         for key, source in plain.items() if dense else ():
             for rows in self._dense(source, dense):
                 yield key, rows
+
+    def _group(self, sources: Mapping[str, Source], names: list[str]) -> Iterator[tuple[str, Rows | Squares]]:
+        """The coupled way for some parameters."""
+        directions = self._pull_directions(list(sources.values()), names)
+        for key, source in sources.items():
+            for block in self._coupled(source, names, directions, key in self.squares):
+                yield key, block
 
     def _pull_directions(self, sources: list[Source], names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
@@ -277,14 +280,16 @@ class Engine:
                 for name, rows in self.pull_mixed(cotangents, names).items():
                     yield Rows(name, rows.unflatten(0, (len(index), count)), n, c, own.get(name))
 
-    def _coupled(self, source: Source, names: list[str], squares: bool) -> Iterator[Rows | Squares]:
+    def _coupled(
+        self, source: Source, names: list[str], directions: Directions | TruncatedDirections, squares: bool
+    ) -> Iterator[Rows | Squares]:
         sites = sorted({*(j for name in names for j in self.products.sites(name)), *self.structure.couplings})
         for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk(names)):
             columns = source.columns(c)
             delta = self.closed_vjp(self.output, sites, columns)
-            self.directions.read(delta, len(columns))
+            directions.read(delta, len(columns))
             for name in names:
-                correction = self.directions.correction(name)
+                correction = directions.correction(name)
                 if squares and self.products.vanishes(name):
                     yield Squares(name, self.products.zeros(name))
                 elif squares and self.costs.factored(name, len(columns)):

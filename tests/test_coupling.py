@@ -1,6 +1,7 @@
 """What coupling contributes: the report, and truncation of its directions with an honest error."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import bncurv
 from bncurv import CouplingReport, DiagGGNExact, SqrtGGNExact, curvature, reference
+from bncurv.directions import Directions
 
 NAMES = ("residual_cnn", "two_bns", "resnet", "densenet", "block_twice")
 SOME = [c for c in [*MODELS, *ARCHITECTURES] if c.name in NAMES]
@@ -147,3 +149,21 @@ def test_directions_in_groups_of_parameters(budget, tol, monkeypatch):
     for field in ("diag_ggn_exact", "grad_component"):
         for name, t in getattr(whole, field).items():
             assert torch.allclose(getattr(parts, field)[name], t, rtol=1e-6 if tol else 1e-9, atol=1e-12), name
+
+
+def test_one_group_of_directions_at_a_time(monkeypatch):
+    """P of a group is gone before that of the next one is made."""
+    alive: weakref.WeakSet[Directions] = weakref.WeakSet()
+    made = []
+    own = Directions.__init__
+
+    def counted(self, *args):
+        alive.add(self)
+        made.append(len(alive))
+        own(self, *args)
+
+    model, loss_fn, X, y = SOME[-1].build()
+    monkeypatch.setattr(Directions, "__init__", counted)
+    monkeypatch.setattr("bncurv.costs.DIRECTION_BYTES", 0)
+    curvature(model, loss_fn, (X, y), DiagGGNExact(), bncurv.ComponentGrad(), method="coupled")
+    assert len(made) > 2 and set(made) == {1}

@@ -119,8 +119,11 @@ def mean_error(entry: Entry, problem: Problem, exact: Tensor, share: float) -> f
 
 
 def reference_run(cell: Cell, entries: list[Entry]) -> None:
-    """Where no plain way ran in full, run the fastest once in full if twice a share allows it."""
-    plain = [e for e in entries if e.tuned and not e.skipped]
+    """Where no plain way ran in full, run the fastest once in full if twice a share allows it.
+
+    Not the channels-last one: its BatchNorm kernels lose digits (float32: 2e-4 of a ResNet-20's diagonal).
+    """
+    plain = [e for e in entries if e.tuned and not e.skipped and "NHWC" not in e.competitor.name]
     if not plain or any(e.columns is None for e in plain):
         return
     best = min(plain, key=lambda e: min(e.tuned.values()))
