@@ -71,5 +71,6 @@ class Structure:
         for i in self.calls_in(self._trace.sites[j].upstream):
             call, edge = self._trace.sites[i].call, self._trace.sites[i].edge
             if edge.node is below[0].node and call.layer.channels_lead(call.output):
-                return i if edge.output_nr == below[0].output_nr and call.output == coupling.shape else None
+                whole = edge.output_nr == below[0].output_nr and call.output == coupling.shape
+                return i if whole and len(call.below) < 2 else None  # `Layer.from_channels` knows one input
         return None

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from cases import float64
+from cases import Net, float64
+from test_exact import assert_close
+from test_layers import Bilinear
 from torch import Tensor, nn
 
-from bncurv import DiagGGNExact, curvature
+from bncurv import DiagGGNExact, curvature, reference, register_layer
 from bncurv.layers import LAYERS, Layer
 from bncurv.statistics_passes import StatisticsPasses
 
@@ -91,3 +93,28 @@ def test_missing_method_is_named():
 
     with pytest.raises(NotImplementedError, match="Lazy.channels_lead is true, so it must define from_channels"):
         Lazy().from_channels({}, torch.zeros(1), torch.zeros(1))
+
+
+def test_layer_of_two_learnt_inputs_takes_the_whole_pass():
+    """Where channels lead but the cotangent goes back to two inputs, a direction passes the layer itself."""
+
+    class Leading(Bilinear):
+        def channels_lead(self, output):
+            return True
+
+    net = Net(
+        lambda net, x: net.out(net.bn(net.mix(net.first(x), net.second(x))).relu()),
+        first=nn.Linear(4, 3),
+        second=nn.Linear(4, 2),
+        mix=nn.Bilinear(3, 2, 5),
+        bn=nn.BatchNorm1d(5),
+        out=nn.Linear(5, 3),
+    )
+    net = net.double()
+    X, y, loss_fn = torch.randn(6, 4).double(), torch.randint(3, (6,)), nn.CrossEntropyLoss()
+    register_layer(nn.functional.bilinear, Leading())
+    try:
+        res = curvature(net, loss_fn, (X, y), DiagGGNExact(), method="coupled")
+    finally:
+        del LAYERS[nn.functional.bilinear]
+    assert_close(res.diag_ggn_exact, reference.ggn_diagonal(net, loss_fn, X, y))
