@@ -116,9 +116,10 @@ class Costs:
         return found
 
     def column_chunk(self, names: list[str]) -> int:
-        """Columns of the loss pulled back at once in the coupled way, beside P of the parameters ``names``."""
-        held = sum(self._direction_bytes(name) for name in names)
-        return max(1, int(max(CHUNK_BYTES, held // 2) // max(1, self._bytes(-1))))
+        """Columns of the loss pulled back at once in the coupled way: enough that A P of ``names`` is a tall product."""
+        directions = max((self._engine.structure.entries[name] for name in names), default=0)
+        tall = -(-TALL // self._engine.samples) if directions > TALL else 1
+        return max(tall, CHUNK_BYTES // max(1, self._bytes(-1)))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
