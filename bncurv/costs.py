@@ -116,7 +116,7 @@ class Costs:
         return found
 
     def column_chunk(self, names: list[str]) -> int:
-        """Columns of the loss pulled back at once in the coupled way: enough that A P of ``names`` is a tall product."""
+        """Columns of the loss pulled back at once in the coupled way: at least as many as make A P a tall product."""
         directions = max((self._engine.structure.entries[name] for name in names), default=0)
         tall = -(-TALL // self._engine.samples) if directions > TALL else 1
         return max(tall, CHUNK_BYTES // max(1, self._bytes(-1)))
