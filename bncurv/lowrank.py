@@ -7,12 +7,14 @@ the smaller of the two is decomposed. With cross-entropy its rank is at most N (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from bncurv.costs import chunks
@@ -110,8 +112,7 @@ class LowRank:
             return back(there(torch.from_numpy(u.astype(kind)).to(self.device))).cpu().numpy()
 
         operator = LinearOperator((size, size), matvec=product, matmat=product, dtype=kind)
-        start = np.random.default_rng(0).standard_normal(size).astype(kind)
-        values, vectors = eigsh(operator, k=count, which="LA", v0=start, tol=LANCZOS_TOLERANCE[self.dtype])
+        values, vectors = leading(operator, count, self.dtype)
         return torch.from_numpy(values).to(self.device), torch.from_numpy(vectors).to(self.device)
 
     @property
@@ -299,6 +300,21 @@ class LowRank:
         e, values = e[:, keep], values[keep]
         delta = torch.as_tensor(damping(values) if callable(damping) else damping, dtype=self.dtype, device=self.device)
         return self.unflatten(-(e @ ((e.T @ self.gradient) / (values + delta))))
+
+
+def one_blas_thread() -> AbstractContextManager:
+    """One thread for the OpenBLAS of scipy's wheel, which works on single vectors here.
+
+    Its idle threads spin, on the cores that PyTorch's need: products take up to four times as long.
+    """
+    return ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
+
+
+def leading(operator: LinearOperator, count: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Largest eigenpairs, ascending, by scipy's implicitly restarted Lanczos from a fixed start."""
+    start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(operator.dtype)
+    with one_blas_thread():
+        return eigsh(operator, k=count, which="LA", v0=start, tol=LANCZOS_TOLERANCE[dtype])
 
 
 def gram(parts: Sequence[Tensor]) -> Tensor:

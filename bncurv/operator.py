@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, cg, eigsh
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from bncurv.losses import LossAtBatch
-from bncurv.lowrank import LANCZOS_TOLERANCE, LowRank, Vector, positive
+from bncurv.lowrank import LowRank, Vector, leading, one_blas_thread, positive
 
 
 class BatchOperator:
@@ -74,9 +74,7 @@ class MatrixFreeGGN(LowRank):
         super().__init__({name: p.detach()[None][:0] for name, p in parameters.items()}, {}, top)
         if top >= self.dim:
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
-        operator = self.to_scipy()
-        start = np.random.default_rng(0).standard_normal(self.dim).astype(operator.dtype)
-        values, vectors = eigsh(operator, k=top, which="LA", v0=start, tol=LANCZOS_TOLERANCE[self.dtype])
+        values, vectors = leading(self.to_scipy(), top, self.dtype)
         values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
         kept = values > 0
         # as rows of V: √λ e, so that the base class' formulas apply to the leading part
@@ -159,4 +157,5 @@ class MatrixFreeGGN(LowRank):
                 columns.append(torch.from_numpy(solution).to(x))
             return torch.stack(columns, 1).reshape(x.shape)
 
-        return self._apply(inverse, v)
+        with one_blas_thread():
+            return self._apply(inverse, v)

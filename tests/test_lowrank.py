@@ -8,11 +8,12 @@ import scipy.sparse.linalg
 import torch
 from backpack import backpack
 from cases import ARCHITECTURES, LOSSES, MODELS
+from threadpoolctl import threadpool_info
 from torch import nn
 
 import bncurv
 from bncurv import LowRankGGN, SlowPathWarning, curvature, reference
-from bncurv.lowrank import gram
+from bncurv.lowrank import gram, one_blas_thread
 
 EXACT = [*MODELS, *ARCHITECTURES, *LOSSES]
 SOME = [c for c in EXACT if c.name in ("residual_cnn", "unet", "dcgan", "mlp_bn", "densenet")]
@@ -282,6 +283,10 @@ def test_double_backward_through_an_extended_model_is_pytorchs():
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*hessian_products, strict=True))
 
 
+def scipys_threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["prefix"] == "libscipy_openblas"]
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 16, 37])
 def test_gram(size):
     """Half of it is computed, the other half mirrored."""
@@ -290,3 +295,13 @@ def test_gram(size):
     got = gram(parts)
     assert torch.equal(got, got.T)
     torch.testing.assert_close(got, whole @ whole.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not scipys_threads(), reason="scipy's BLAS is not that of its wheel")
+def test_scipys_threads_are_as_before():
+    """One during the Lanczos iterations and the conjugate gradients, afterwards as many as before, also on an error."""
+    before = scipys_threads()
+    with pytest.raises(ZeroDivisionError), one_blas_thread():
+        assert set(scipys_threads()) == {1}
+        raise ZeroDivisionError
+    assert scipys_threads() == before

@@ -64,6 +64,8 @@ def _top_by_lanczos(problem: Problem, product: Callable[[Any], Any], what: str) 
     import numpy
     from scipy.sparse.linalg import LinearOperator, eigsh
 
+    from bncurv.lowrank import one_blas_thread
+
     products = 0
 
     def matvec(v: Any) -> Any:
@@ -73,7 +75,8 @@ def _top_by_lanczos(problem: Problem, product: Callable[[Any], Any], what: str) 
 
     operator = LinearOperator((problem.D, problem.D), matvec=matvec, dtype=numpy.float32)
     start = numpy.random.default_rng(0).standard_normal(problem.D).astype(numpy.float32)
-    w, u = eigsh(operator, k=TOP, which="LA", tol=EIGSH_TOL, v0=start)
+    with one_blas_thread():  # for everybody
+        w, u = eigsh(operator, k=TOP, which="LA", tol=EIGSH_TOL, v0=start)
     order = w.argsort()[::-1]
     pairs = torch.from_numpy(w[order].copy()), torch.from_numpy(u[:, order].copy())
     value = tuple(t.to(problem.device) for t in pairs)
