@@ -24,7 +24,7 @@ import torch.nn.functional as nnf
 from einops import rearrange, reduce
 from torch import Tensor
 
-from bncurv.convolution import one_channel_back, per_axis, windows
+from bncurv.convolution import Geometry, one_channel_back, per_axis, windows
 
 Arguments = dict[str, Any]
 
@@ -148,7 +148,7 @@ class Conv(Layer):
     def channels_lead(self, output):
         return True
 
-    def _geometry(self, arguments: Arguments) -> tuple:
+    def _geometry(self, arguments: Arguments) -> Geometry:
         kernel = tuple(arguments["weight"].shape[2:])
         dims = len(kernel)
         stride = per_axis(arguments.get("stride", 1), dims)
@@ -160,11 +160,11 @@ class Conv(Layer):
         else:
             padding = 0 if padding == "valid" else padding
             pads = [(p, p) for p in per_axis(padding, dims)]
-        return kernel, stride, pads, dilation
+        return Geometry(kernel, stride, pads, dilation)
 
     def from_channels(self, arguments, delta, channels):
-        weight, size = arguments["weight"].detach(), arguments["input"].shape[2:]
-        found = one_channel_back(delta, weight[channels], size, *self._geometry(arguments)[1:])
+        weight, size = arguments["weight"], arguments["input"].shape[2:]
+        found = one_channel_back(delta, weight[channels], size, self._geometry(arguments))
         groups = arguments.get("groups", 1)
         if groups == 1:
             return found
@@ -179,7 +179,7 @@ class Conv(Layer):
         if role == "bias":
             return None
         dims = x.dim() - 2
-        seen = windows(x, *self._geometry(arguments)).unflatten(1, (arguments.get("groups", 1), -1))
+        seen = windows(x, self._geometry(arguments)).unflatten(1, (arguments.get("groups", 1), -1))
         # [n, g, c, *kernel, *position] → [g, n, s, (c kernel)]
         seen = seen.permute(1, 0, *range(3 + dims, 3 + 2 * dims), 2, *range(3, 3 + dims))
         return seen.reshape(*seen.shape[:2], seen.shape[2 : 2 + dims].numel(), -1)
@@ -200,7 +200,7 @@ class ConvTranspose(Conv):
         if role == "bias":
             return super().left(role, arguments, delta)
         q, n = delta.shape[:2]
-        seen = windows(delta.flatten(0, 1), *self._geometry(arguments))
+        seen = windows(delta.flatten(0, 1), self._geometry(arguments))
         dims = delta.dim() - 3
         for axis, length in enumerate(arguments["input"].shape[2:]):  # output_padding: windows beyond the input
             seen = seen.narrow(2 + dims + axis, 0, length)

@@ -25,7 +25,8 @@ from bncurv import (
     reference,
     register_layer,
 )
-from bncurv.layers import LAYERS, BatchNormTrain, Layer, Product, windows
+from bncurv.convolution import Geometry, windows
+from bncurv.layers import LAYERS, BatchNormTrain, Layer, Product
 
 N, Q = 3, 2
 
@@ -293,7 +294,7 @@ def test_refused(function: Callable[[], Any]) -> None:
 def test_windows(size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> None:
     """Entry by entry, as the docstring says."""
     x = torch.randn(2, 3, *size)
-    seen = windows(x, kernel, stride, padding, dilation)
+    seen = windows(x, Geometry(kernel, stride, padding, dilation))
     full = F.pad(x, [p for pair in reversed(padding) for p in pair])
     dims = len(size)
     assert seen.shape[: 2 + dims] == (2, 3, *kernel)
