@@ -42,6 +42,7 @@ class Costs:
 
     def __init__(self, engine: Engine, columns: int) -> None:
         self._engine, self._columns = weakref.proxy(engine), columns  # no cycle: graphs die with the call
+        self._structure = engine.structure
         self._calls = {j: s.mark.call for j, s in enumerate(engine.trace.sites) if s.mark.call}
         self._forward = {j: call.layer.flops(call.arguments, call.output) for j, call in self._calls.items()}
         self._itemsize = engine.output.element_size()
@@ -62,17 +63,17 @@ class Costs:
         count = self._engine.samples * self._columns
         rows = count * sum(p.numel() for p in self._engine.wanted.values())
         calls = -(-count // self.dense_chunk()) * len(self._calls)
-        return count * self._pass(-1, self._engine.structure.calls_in(-1)) + ROW_ENTRY * rows + CALL * calls
+        return count * self._pass(-1, self._structure.calls_in(-1)) + ROW_ENTRY * rows + CALL * calls
 
     def coupled(self, slow: list[str]) -> float:
         """C columns through everything, R directions through what is below, the rows of V and their correction."""
         engine = self._engine
-        cost = (self._columns + 2) * self._pass(-1, engine.structure.calls_in(-1)) + 6 * CALL * len(self._calls)
+        cost = (self._columns + 2) * self._pass(-1, self._structure.calls_in(-1)) + 6 * CALL * len(self._calls)
         groups = self.groups([name for name in engine.wanted if name not in slow])
         cost *= len(groups)
-        for j, sites in engine.structure.below.items():
+        for j, sites in self._structure.below.items():
             if sites:
-                count, through = engine.structure.width[j], engine.structure.through[j]
+                count, through = self._structure.width[j], self._structure.through[j]
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
                 cost += len(groups) * (count * self._pass(through, sites) + CALL * calls)
         for name in engine.wanted:
@@ -85,13 +86,13 @@ class Costs:
     def _rows(self, name: str, columns: int) -> float:
         """The rows of V of one parameter, corrected and squared."""
         entries = self._engine.samples * columns * self._engine.wanted[name].numel()
-        return entries * (2.0 * self._engine.structure.entries[name] + ROW_ENTRY)
+        return entries * (2.0 * self._structure.entries[name] + ROW_ENTRY)
 
     def _squares(self, name: str) -> float:
         """The sum of their squares, from the factors."""
         if not self._engine.products.factors(name):
             return float("inf")
-        directions = self._engine.structure.entries[name]
+        directions = self._structure.entries[name]
         products = 2.0 * (directions + 2) * (self._engine.samples + directions)
         return self._engine.wanted[name].numel() * (products + ROW_ENTRY * (directions + 2))
 
@@ -101,7 +102,7 @@ class Costs:
 
     def _direction_bytes(self, name: str) -> int:
         """P of one parameter."""
-        return self._itemsize * self._engine.structure.entries[name] * self._engine.wanted[name].numel()
+        return self._itemsize * self._structure.entries[name] * self._engine.wanted[name].numel()
 
     def groups(self, names: list[str]) -> list[list[str]]:
         """Parameters whose P is held at once, in forward order; a single one may exceed the budget."""
@@ -117,7 +118,7 @@ class Costs:
 
     def column_chunk(self, names: list[str]) -> int:
         """Columns of the loss pulled back at once in the coupled way: at least as many as make A P a tall product."""
-        directions = max((self._engine.structure.entries[name] for name in names), default=0)
+        directions = max((self._structure.entries[name] for name in names), default=0)
         tall = -(-TALL // self._engine.samples) if directions > TALL else 1
         return max(tall, CHUNK_BYTES // max(1, self._bytes(-1)))
 
@@ -127,11 +128,11 @@ class Costs:
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        return _batch(self._bytes(self._engine.structure.through[j]))
+        return _batch(self._bytes(self._structure.through[j]))
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""
         rows = ROW_BYTES // (self._itemsize * max(1, self._engine.wanted[name].numel()))
-        if self._engine.structure.entries[name] > TALL:
+        if self._structure.entries[name] > TALL:
             rows = max(rows, TALL)  # the correction's matrix product needs that many to run at its rate
         return max(1, int(rows // count))

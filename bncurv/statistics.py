@@ -96,13 +96,15 @@ class BatchNormCoupling(Coupling):
         return self._x.shape
 
     def own_cotangents(self) -> Tensor:
-        """D mean / dx and d v / dx of every channel's own entries, ``[2, *x]``: 1/m and 2 (x - mean)/m."""
-        m = self._x.numel() // self._x.shape[1]
-        centred = self._x - _per_channel(self._x, self._mean)
-        return torch.stack([torch.full_like(centred, 1 / m), 2 / m * centred])
+        """D mean / dx and d v / dx of every channel's own entries, ``[2, *x]``."""
+        _, values = self.own_cotangents_of(torch.arange(self.statistics.numel(), device=self._x.device))
+        return values.unflatten(0, (2, -1)).transpose(1, 2)
 
     def own_cotangents_of(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of some coordinates of the statistics: their channels ``[q]`` and, there, ``[q, m, *position]``."""
+        """The same of some coordinates of the statistics: their channels ``[q]`` and, there, ``[q, m, *position]``.
+
+        1/m for a mean, 2 (x - mean)/m for a variance.
+        """
         channels = self._x.shape[1]
         m, channel = self._x.numel() // channels, coordinates % channels
         x, mean = self._x[:, channel], self._mean[channel]

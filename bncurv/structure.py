@@ -38,7 +38,7 @@ class Structure:
         self.through: dict[int, int] = {}
         for j, i in self.direct.items():
             upstream = sites[j].upstream
-            self.below[j] = sorted({*self.calls_in(upstream), *self.couplings_in(upstream)} - {i})
+            self.below[j] = sorted({*self.calls_in(upstream), *self.lower(j)} - {i})
             self.through[j] = upstream if i is None else upstream & ~(1 << i)
         ends = {i: sites[i].edge for i in self.direct.values() if i is not None}
         self.sole = {i for i, e in ends.items() if trace.takers[e.node, e.output_nr] == 1}
@@ -52,13 +52,9 @@ class Structure:
         """Sites of a bit set that hold a wanted parameter's call, in forward order."""
         return [j for j in self._calls if sites >> j & 1]
 
-    def couplings_in(self, sites: int) -> list[int]:
-        """Couplings of a bit set, in forward order."""
-        return [j for j in self.couplings if sites >> j & 1]
-
     def lower(self, j: int) -> list[int]:
         """Couplings below coupling ``j``, in forward order."""
-        return self.couplings_in(self._trace.sites[j].upstream)
+        return [i for i in self.couplings if self._trace.sites[j].upstream >> i & 1]
 
     def edges(self, sites: list[int]) -> list[GradientEdge]:
         """Where the cotangents of ``sites`` are read."""
