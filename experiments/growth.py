@@ -121,19 +121,26 @@ def human(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
+def work(c: Count, n: int, classes: int) -> tuple[float, float, float]:
+    """FLOPs of an exact diagonal: the plain passes; of the coupled way the passes and A P."""
+    k, one = n * (classes - 1), c.backward * n
+    return k * one, (classes - 1) * one + n * c.below, 2.0 * k * c.directions
+
+
 def rows(c: Count, n: int, classes: int, draws: int = 100, products: int = 40) -> list[list[str]]:
     """One line per quantity: passes, FLOPs, bytes beyond the network's own (float32)."""
     k, one, d = n * (classes - 1), c.backward * n, c.parameters
+    plain, passes, correction = work(c, n, classes)
     return [
         ["one gradient", "1", human(c.flops * n + one, "FLOP"), human(4 * d, "B")],
         [f"`DiagGGNMC({draws})`", f"{draws}", human(draws * one, "FLOP"), human(4 * d, "B")],
         ["top 10 eigenpairs, matrix-free", f"{2 * products}", human(2 * products * one, "FLOP"), human(80 * d, "B")],
         ["`ComponentGrad`, dense", f"{n}", human(n * one, "FLOP"), human(4.0 * n * d, "B")],
-        ["`DiagGGNExact`, plain passes", f"{k}", human(k * one, "FLOP"), human(8 * d, "B")],
+        ["`DiagGGNExact`, plain passes", f"{k}", human(plain, "FLOP"), human(8 * d, "B")],
         [
             "`DiagGGNExact`, coupled",
             f"{classes - 1 + c.passing}",
-            human((classes - 1) * one + n * c.below + 2.0 * k * c.directions, "FLOP"),
+            human(passes + correction, "FLOP"),
             human(4 * c.directions, "B") + " of P, 2 GiB at once",
         ],
         ["whole spectrum from V", "as diagonal", human(2.0 * k * k * d, "FLOP") + " more", human(4.0 * k * d, "B")],
@@ -145,10 +152,9 @@ def diagonal(name: str, n: int) -> list[str]:
     network = NETWORKS[name]
     with torch.device("meta"):
         c = count(network.build(network.classes), torch.empty(1, *network.shape))
-    k, one = n * (network.classes - 1), c.backward * n
-    plain, passes, products = k * one, (network.classes - 1) * one + n * c.below, 2.0 * k * c.directions
-    work = [human(value, "FLOP") for value in (plain, passes, products)]
-    return [name, str(n), *work, f"{plain / (passes + products):.1f}", human(4 * c.directions, "B")]
+    plain, passes, correction = work(c, n, network.classes)
+    said = [human(value, "FLOP") for value in (plain, passes, correction)]
+    return [name, str(n), *said, f"{plain / (passes + correction):.1f}", human(4 * c.directions, "B")]
 
 
 DIAGONAL = ["network", "N", "plain passes", "coupled: passes", "coupled: A P", "plain / coupled", "P"]

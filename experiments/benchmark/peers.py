@@ -60,11 +60,11 @@ def plain(name: str, way: Way, job: Job) -> Competitor:
 
 
 def _top_by_lanczos(problem: Problem, product: Callable[[Any], Any], what: str) -> Outcome:
-    """scipy's ``eigsh`` for the ten largest pairs of the matrix behind ``product``."""
+    """The ten largest pairs of the matrix behind ``product``, by the eigensolver call that bncurv uses itself."""
     import numpy
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import LinearOperator
 
-    from bncurv.lowrank import one_blas_thread
+    from bncurv.lowrank import LANCZOS_TOLERANCE, leading
 
     products = 0
 
@@ -74,13 +74,10 @@ def _top_by_lanczos(problem: Problem, product: Callable[[Any], Any], what: str) 
         return product(v)
 
     operator = LinearOperator((problem.D, problem.D), matvec=matvec, dtype=numpy.float32)
-    start = numpy.random.default_rng(0).standard_normal(problem.D).astype(numpy.float32)
-    with one_blas_thread():  # for everybody
-        w, u = eigsh(operator, k=TOP, which="LA", tol=EIGSH_TOL, v0=start)
-    order = w.argsort()[::-1]
-    pairs = torch.from_numpy(w[order].copy()), torch.from_numpy(u[:, order].copy())
+    w, u = leading(operator, TOP, torch.float32)
+    pairs = torch.from_numpy(w[::-1].copy()), torch.from_numpy(u[:, ::-1].copy())
     value = tuple(t.to(problem.device) for t in pairs)
-    return Outcome(value, products, note=f"{products} products ({what}), tol {EIGSH_TOL:g}")
+    return Outcome(value, products, note=f"{products} products ({what}), tol {LANCZOS_TOLERANCE[torch.float32]:g}")
 
 
 def curvlinops_eigsh(problem: Problem, chunk: int | None, limit: int | None) -> Outcome:
@@ -118,9 +115,6 @@ def autograd_eigsh(problem: Problem, chunk: int | None, limit: int | None) -> Ou
         return torch.cat([row.flatten() for row in rows]).cpu().numpy()
 
     return _top_by_lanczos(problem, product, "two backward passes each")
-
-
-EIGSH_TOL = 1e-4  # eigenvalues then agree to about 1e-6 of the largest, as the Gram route's do
 
 
 def _eval_mode(problem: Problem) -> tuple[Any, Any]:
