@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bncurv.engine import Engine, Mixed
 from bncurv.foreign import set_aside
-from bncurv.losses import LossAtBatch, evaluate, find_loss
+from bncurv.losses import LossAtBatch, find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 
@@ -160,7 +160,7 @@ def curvature(
         for X, y in _batches(data):
             with torch.enable_grad(), Recorder(model):
                 output = _forward(getattr(model, "_orig_mod", model), X, y, wanted)  # torch.compile: the eager code
-            at_batch = evaluate(loss_fn, output, y.to(output.device))
+            at_batch = LossAtBatch(loss_fn, output, y.to(output.device))
             fields, engine = compute(output, at_batch, wanted, quantities, method, chunk_size, bar, tol)
             batches.append(fields)
             passes, way, error = passes + engine.passes, engine.way, engine.error

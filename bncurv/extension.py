@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bncurv.api import check_output, check_quantities, compute
 from bncurv.foreign import set_aside
-from bncurv.losses import LOSSES, evaluate, find_loss
+from bncurv.losses import LOSSES, LossAtBatch, find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import MODEL, Recorder, metadata, models_behind
 
@@ -169,7 +169,7 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
         raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
     hooked = {name for name, p in wanted.items() if p._backward_hooks}
     with set_aside(wanted.values()), torch.enable_grad():
-        at_batch = evaluate(loss_fn, output, target, float(g))
+        at_batch = LossAtBatch(loss_fn, output, target, float(g))
         leaf = output.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_fn.forward(leaf, target), leaf, g)  # in the loss' own dtype, to the bit
         unhooked = {

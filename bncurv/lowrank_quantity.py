@@ -185,7 +185,7 @@ def gradient_weights(at_batch: LossAtBatch) -> Tensor | None:
     gradient = at_batch.gradient.reshape(n, e, t).mT.double()[..., None]
     if blocks.shape[-1] == 0:
         return None
-    weights = torch.linalg.pinv(blocks) @ gradient
+    weights = torch.linalg.lstsq(blocks, gradient).solution
     error = (blocks @ weights - gradient).norm()
     good = error <= 1e3 * torch.finfo(at_batch.gradient.dtype).eps * gradient.norm() and bool(weights.isfinite().all())
     return weights.reshape(n, -1).to(at_batch.gradient.dtype) if good else None

@@ -55,8 +55,7 @@ class Quantity(BackpropExtension):
 
     def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
         """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""
-        shared: dict[str, Source | Mixed] = {"gradient": at_batch, "factor": at_batch.factor}
-        return {key: shared[key] for key in self.pulls}
+        return {key: at_batch if key == "gradient" else at_batch.factor for key in self.pulls}
 
     def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
         """Empty state for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component.

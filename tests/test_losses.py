@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from bncurv import ComponentGrad, DiagGGNExact, curvature, extend, reference, register_loss
 from bncurv.losses import LOSSES as TABLE
-from bncurv.losses import Loss, evaluate, find_loss
+from bncurv.losses import Loss, LossAtBatch, find_loss
 
 N, C = 5, 4
 
 
 def hessian(loss_fn: nn.Module, output: Tensor, target: Tensor) -> Tensor:
     """By bncurv: ``S Sᵀ``, one block per sample, ``[n, M, M]``."""
-    factor = evaluate(loss_fn, output, target).factor
+    factor = LossAtBatch(loss_fn, output, target).factor
     S = factor.columns(slice(None)).flatten(2)  # [c, n, M]
     assert S.shape == (factor.columns_per_sample, len(output), output[0].numel())
     return torch.einsum("cni,cnj->nij", S, S)
@@ -45,7 +45,7 @@ def assert_factor(loss_fn: nn.Module, output: Tensor, target: Tensor) -> None:
 def assert_gradient(loss_fn: nn.Module, output: Tensor, target: Tensor, tol: float = 1e-12) -> None:
     leaf = output.clone().requires_grad_()
     (want,) = torch.autograd.grad(loss_fn(leaf, target), leaf)
-    torch.testing.assert_close(evaluate(loss_fn, output, target).gradient, want, rtol=tol, atol=tol)
+    torch.testing.assert_close(LossAtBatch(loss_fn, output, target).gradient, want, rtol=tol, atol=tol)
 
 
 def at_outputs(one: Case) -> tuple[nn.Module, Tensor, Tensor]:
@@ -64,7 +64,7 @@ def test_options(one: Case) -> None:
 @pytest.mark.parametrize("one", LOSSES, ids=str)
 def test_scale(one: Case, scale: float) -> None:
     loss_fn, output, y = at_outputs(one)
-    plain, scaled = evaluate(loss_fn, output, y), evaluate(loss_fn, output, y, scale)
+    plain, scaled = LossAtBatch(loss_fn, output, y), LossAtBatch(loss_fn, output, y, scale)
     torch.testing.assert_close(scaled.gradient, scale * plain.gradient)
     want = scale**0.5 * plain.factor.columns(slice(None))
     torch.testing.assert_close(scaled.factor.columns(slice(None)), want)
@@ -74,7 +74,7 @@ def test_scale(one: Case, scale: float) -> None:
 def test_columns_in_pieces(one: Case) -> None:
     """A slice of columns is that slice of all columns."""
     loss_fn, output, y = at_outputs(one)
-    factor = evaluate(loss_fn, output, y).factor
+    factor = LossAtBatch(loss_fn, output, y).factor
     whole, count = factor.columns(slice(None)), factor.columns_per_sample
     pieces = [factor.columns(slice(i, i + 2)) for i in range(0, count, 2)]
     assert torch.equal(torch.cat(pieces), whole)
@@ -84,7 +84,7 @@ def test_columns_in_pieces(one: Case) -> None:
 def test_inputs_are_left_alone(one: Case) -> None:
     loss_fn, output, y = at_outputs(one)
     before = output.clone(), y.clone(), copy.deepcopy(loss_fn.state_dict())
-    evaluate(loss_fn, output, y)
+    LossAtBatch(loss_fn, output, y)
     assert torch.equal(output, before[0]) and torch.equal(y, before[1])
     assert all(torch.equal(t, before[2][name]) for name, t in loss_fn.state_dict().items())
     assert output.grad is None and not output.requires_grad
@@ -127,7 +127,7 @@ def test_confident_cross_entropy(size: float) -> None:
 def test_confident_cross_entropy_float32(size: float) -> None:
     z = logits(size)
     y = torch.arange(len(z)) % C
-    at_batch = evaluate(nn.CrossEntropyLoss(reduction="sum"), z, y)
+    at_batch = LossAtBatch(nn.CrossEntropyLoss(reduction="sum"), z, y)
     S = at_batch.factor.columns(slice(None)).flatten(2)
     assert S.dtype == at_batch.gradient.dtype == torch.float32
     got = torch.einsum("cni,cnj->nij", S.double(), S.double())
@@ -148,7 +148,7 @@ def test_confident_binary(size: float, dtype: torch.dtype) -> None:
     size = min(size, 80.0) if dtype == torch.float32 else size  # e^-80 is float32's limit
     z = torch.tensor([[size, -size], [-size, 0.0]]).to(dtype)
     y = torch.tensor([[1.0, 1.0], [0.0, 0.5]]).to(dtype)
-    got = evaluate(nn.BCEWithLogitsLoss(reduction="sum"), z, y).factor.columns(slice(None))
+    got = LossAtBatch(nn.BCEWithLogitsLoss(reduction="sum"), z, y).factor.columns(slice(None))
     p = z.double().abs().neg().exp()  # σ'(z) = p / (1 + p)²
     want = (p / (1 + p) ** 2).sqrt()
     torch.testing.assert_close(got.sum(0).double(), want, rtol=1e-6, atol=0)
@@ -186,40 +186,41 @@ def test_soft_targets_with_a_negative_sum() -> None:
     y = torch.rand(N, C).double()
     y[2] = -1.0
     with pytest.raises(ValueError, match="negative.*not convex.*non-negative"):
-        evaluate(nn.CrossEntropyLoss(), outputs(), y)
+        _ = LossAtBatch(nn.CrossEntropyLoss(), outputs(), y).factor
+    assert_gradient(nn.CrossEntropyLoss(), outputs(), y)  # which needs no convexity
 
 
 def test_all_targets_ignored() -> None:
     """The mean of nothing is undefined; the sum is zero."""
     y = torch.full((N,), -100)
     with pytest.raises(ValueError, match="CrossEntropyLoss.*no target that counts"):
-        evaluate(nn.CrossEntropyLoss(), outputs(), y)
-    at_batch = evaluate(nn.CrossEntropyLoss(reduction="sum"), outputs(), y)
+        LossAtBatch(nn.CrossEntropyLoss(), outputs(), y)
+    at_batch = LossAtBatch(nn.CrossEntropyLoss(reduction="sum"), outputs(), y)
     assert not at_batch.gradient.any() and not at_batch.factor.columns(slice(None)).any()
 
 
 def test_all_weight_on_absent_classes() -> None:
     loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0, 1.0]).double())
     with pytest.raises(ValueError, match="CrossEntropyLoss"):
-        evaluate(loss_fn, outputs(), torch.zeros(N, dtype=torch.long))
+        LossAtBatch(loss_fn, outputs(), torch.zeros(N, dtype=torch.long))
 
 
 @pytest.mark.parametrize("loss", [nn.MSELoss, nn.BCEWithLogitsLoss])
 @pytest.mark.parametrize("shape", [(N,), (N, 1), (1, C), (N, C, 1), (N + 1, C), (N, C + 1)])
 def test_shapes_must_agree(loss: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"{loss.__name__}.*\(5, 4\).*must be equal.*Reshape"):
-        evaluate(loss(), outputs(), torch.rand(shape).double())
+        LossAtBatch(loss(), outputs(), torch.rand(shape).double())
 
 
 @pytest.mark.parametrize("shape", [(N, 1), (N + 1,), (), (N, C)])
 def test_shapes_of_indices(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"class indices.*expected \(5,\).*Reshape"):
-        evaluate(nn.CrossEntropyLoss(), outputs(), torch.zeros(shape, dtype=torch.long))
+        LossAtBatch(nn.CrossEntropyLoss(), outputs(), torch.zeros(shape, dtype=torch.long))
 
 
 def test_output_without_classes() -> None:
     with pytest.raises(ValueError, match=r"\(5,\).*expected \[N, C, ...\]"):
-        evaluate(nn.CrossEntropyLoss(), torch.randn(N), torch.zeros(N, dtype=torch.long))
+        LossAtBatch(nn.CrossEntropyLoss(), torch.randn(N), torch.zeros(N, dtype=torch.long))
 
 
 def test_integer_targets_of_squared_error() -> None:
@@ -268,7 +269,24 @@ class Renamed(nn.MSELoss):
 def test_gradient_check_catches(kind: type[nn.Module]) -> None:
     y = torch.arange(N) % C if kind is Focal else torch.rand(N, C).double()
     with pytest.raises(ValueError, match=rf"{kind.__name__}.*overrides.*register_loss"):
-        evaluate(kind(), outputs(), y)
+        LossAtBatch(kind(), outputs(), y)
+
+
+def test_forward_of_one_instance_is_checked() -> None:
+    loss_fn = nn.MSELoss()
+    loss_fn.forward = lambda f, y: 2 * nn.functional.mse_loss(f, y)
+    with pytest.raises(ValueError, match="MSELoss.*overrides.*register_loss"):
+        LossAtBatch(loss_fn, outputs(), outputs())
+
+
+def test_another_formula_for_a_built_in_loss_is_checked() -> None:
+    built_in = TABLE[nn.MSELoss]
+    register_loss(nn.MSELoss, Twice())
+    try:
+        with pytest.raises(ValueError, match="MSELoss.*differs from the formula"):
+            LossAtBatch(nn.MSELoss(), outputs(), outputs())
+    finally:
+        register_loss(nn.MSELoss, built_in)
 
 
 def test_subclass_with_the_same_function() -> None:
@@ -289,7 +307,7 @@ def test_hooks_of_the_users_on_the_loss_stay_silent() -> None:
     calls: list[Any] = []
     loss_fn = nn.MSELoss()
     loss_fn.register_forward_hook(lambda *args: calls.append(args))
-    evaluate(loss_fn, outputs(), outputs())
+    LossAtBatch(loss_fn, outputs(), outputs())
     assert calls == []
 
 
@@ -416,7 +434,7 @@ def test_registered_wrongly() -> None:
     register_loss(nn.L1Loss, Twice())
     try:
         with float64(0), pytest.raises(ValueError, match="L1Loss.*differs from the formula"):
-            evaluate(nn.L1Loss(), torch.randn(N, C), torch.randn(N, C))
+            LossAtBatch(nn.L1Loss(), torch.randn(N, C), torch.randn(N, C))
     finally:
         del TABLE[nn.L1Loss]
 
@@ -426,7 +444,7 @@ def test_registered_hessian_is_checked() -> None:
     register_loss(LogCosh, Elementwise(NEW[LogCosh].first, lambda m, f, y: torch.ones_like(f)))
     try:
         with pytest.raises(ValueError, match="LogCosh.*Hessian"):
-            evaluate(LogCosh(), outputs(), outputs())
+            LossAtBatch(LogCosh(), outputs(), outputs())
     finally:
         del TABLE[LogCosh]
 
@@ -436,6 +454,6 @@ def test_non_convex_registered_loss() -> None:
     register_loss(LogCosh, Elementwise(NEW[LogCosh].first, lambda m, f, y: (f - y).tanh() ** 2 - 1))
     try:
         with pytest.raises(ValueError, match="LogCosh.*(convex|finite|Hessian)"):
-            evaluate(LogCosh(), outputs(), outputs())
+            LossAtBatch(LogCosh(), outputs(), outputs())
     finally:
         del TABLE[LogCosh]
