@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from bncurv.engine import Engine
 
 CHUNK_BYTES = 16 * 2**20  # cotangents of all layers held at once
+LAYER_BYTES = 3 * 2**20  # cotangents of the widest layer: stay in cache from one elementwise operation to the next
 WORTHWHILE = 3  # fewer backward passes than this are not done at once
-RIGHT_BYTES = 64 * 2**20  # unfolded inputs of all layers kept for reuse
+RIGHT_BYTES = 16 * 2**20  # unfolded inputs of all layers kept for reuse
 DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
 ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
 TALL = 128  # rows and directions from which on the correction is bound by arithmetic
@@ -29,12 +30,6 @@ def chunks(total: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` that cover ``range(total)``."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
-
-
-def _batch(each: int) -> int:
-    """How many backward passes to do at once; few large ones are faster one after the other."""
-    count = CHUNK_BYTES // max(1, each)
-    return count if count >= WORTHWHILE else 1
 
 
 class Costs:
@@ -55,8 +50,15 @@ class Costs:
                 cost += self._forward[j] * (bool(call.below) + (j in products)) + ELEMENTWISE * call.output.numel()
         return cost
 
-    def _bytes(self, sites: int) -> int:
-        return self._itemsize * sum(call.output.numel() for j, call in self._calls.items() if sites >> j & 1)
+    def _fitting(self, sites: int) -> int:
+        """How many cotangents of the batch fit, at the layers of a bit set of sites."""
+        sizes = [self._itemsize * call.output.numel() for j, call in self._calls.items() if sites >> j & 1]
+        return min(CHUNK_BYTES // (sum(sizes) or 1), LAYER_BYTES // max(sizes, default=1))
+
+    def _batch(self, sites: int) -> int:
+        """How many backward passes to do at once; few large ones are faster one after the other."""
+        count = self._fitting(sites)
+        return count if count >= WORTHWHILE else 1
 
     def dense(self) -> float:
         """All N·C columns through everything."""
@@ -120,15 +122,15 @@ class Costs:
         """Columns of the loss pulled back at once in the coupled way: at least as many as make A P a tall product."""
         directions = max((self._structure.entries[name] for name in names), default=0)
         tall = -(-TALL // self._engine.samples) if directions > TALL else 1
-        return max(tall, CHUNK_BYTES // max(1, self._bytes(-1)))
+        return max(tall, self._fitting(-1))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return min(128, _batch(self._bytes(-1)))
+        return min(128, self._batch(-1))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        return _batch(self._bytes(self._structure.through[j]))
+        return self._batch(self._structure.through[j])
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""

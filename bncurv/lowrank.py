@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -307,7 +307,13 @@ def one_blas_thread() -> AbstractContextManager:
 
     Its idle threads spin, on the cores that PyTorch's need: products take up to four times as long.
     """
-    return ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
+    return _scipy_blas().limit(limits=1)
+
+
+@cache
+def _scipy_blas() -> ThreadpoolController:
+    """Found once: the search goes through all loaded libraries."""
+    return ThreadpoolController().select(prefix="libscipy_openblas")
 
 
 def leading(operator: LinearOperator, count: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:

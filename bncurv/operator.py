@@ -7,6 +7,7 @@ stays alive as long as the operator does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,9 +84,10 @@ class MatrixFreeGGN(LowRank):
         self._decomposition = torch.from_numpy(values[kept]).to(rows), torch.eye(len(rows)).to(rows)
 
     def _product(self, v: Tensor) -> Tensor:
-        columns = v[:, None] if v.dim() == 1 else v
-        out = [sum((op @ c for op in self._operators), torch.zeros_like(c)) / len(self._operators) for c in columns.T]
-        return torch.stack(out, 1).view(v.shape)
+        if v.dim() > 1:
+            return torch.stack([self._product(c) for c in v.T], 1)
+        total = functools.reduce(torch.add, (op @ v for op in self._operators))
+        return total / len(self._operators) if self._operators[1:] else total
 
     @property
     def gradient(self) -> Tensor:

@@ -63,9 +63,9 @@ class DiagGGNMC(_Sampled):
 
     def add(self, state: Any, key: str, rows: Rows) -> None:
         """(Jᵀ t_m)²."""
-        squares = rows.values[0] ** 2
+        squares = rows.values[0].square()
         state[0][rows.name] += squares.sum(0)
-        state[1][rows.name] += (squares**2).sum(0)
+        state[1][rows.name] += squares.square_().sum(0)
 
     def finish(self, state: Any) -> dict[str, Any]:
         """Mean and standard error of the mean."""
