@@ -156,9 +156,9 @@ def curvature(
     bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
     for q in quantities:
         q.begin(graph_survives=True)
-    with torch.inference_mode(False), set_aside(model.parameters()), left_as_is(model), bar:
+    with torch.inference_mode(False), set_aside(model.parameters(), model.modules()), left_as_is(model), bar:
         for X, y in _batches(data):
-            with torch.enable_grad(), Recorder(model):
+            with torch.enable_grad(), Recorder(model, private=True):
                 output = _forward(getattr(model, "_orig_mod", model), X, y, wanted)  # torch.compile: the eager code
             at_batch = LossAtBatch(loss_fn, output, y.to(output.device))
             fields, engine = compute(output, at_batch, wanted, quantities, method, chunk_size, bar, tol)

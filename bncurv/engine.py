@@ -164,7 +164,7 @@ class Engine:
                 "but by one backward pass per component (slow). Leave them out with params=..., or add the layer "
                 "with bncurv.register_layer.",
                 SlowPathWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of `curvature`
             )
         if method == "auto" and (not self._columns or self.costs.dense() <= self.costs.coupled(self._slow)):
             return "dense"
@@ -173,7 +173,7 @@ class Engine:
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
             warnings.warn(f"{problem} Taking the dense way: exact, one backward pass per component.", SlowPathWarning,
-                          stacklevel=4)  # fmt: skip
+                          stacklevel=5)  # fmt: skip
         return "dense" if problem else "coupled"
 
     def _mixing(self) -> str | None:

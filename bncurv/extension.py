@@ -8,7 +8,10 @@ context and stores the results on the parameters.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import backpack as backpack_package
@@ -18,10 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bncurv.api import check_output, check_quantities, compute
-from bncurv.foreign import set_aside
+from bncurv.engine import SlowPathWarning
+from bncurv.foreign import resting_hooks, set_aside
 from bncurv.losses import LOSSES, LossAtBatch, find_loss
 from bncurv.quantities import Quantity
-from bncurv.record import MODEL, Recorder, metadata, models_behind
+from bncurv.record import MODEL, Recorder, behind, metadata
 
 _ATTRIBUTE = "_bncurv_hooks"
 
@@ -106,7 +110,7 @@ def _recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     _recording = True
     try:
-        with Recorder(module):
+        with Recorder(module), resting_hooks(module):
             output = forward(*args, **kwargs)
     finally:
         _recording = False
@@ -145,7 +149,7 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     check_quantities(quantities)
     for q in quantities:
         q.begin(graph_survives=False)
-    models = models_behind(output)
+    models, retained = behind(output)
     if not models:
         raise RuntimeError(
             f"{type(quantities[0]).__name__} is active, but the output that {type(loss_fn).__name__} received comes "
@@ -167,8 +171,16 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     find_loss(loss_fn)
     if g.numel() != 1:
         raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
+    if retained:
+        shapes = ", ".join(str(tuple(t.shape)) for t in retained)
+        warnings.warn(
+            f"retain_grad() was called on tensor(s) of shape {shapes} in the model, so the backward passes for "
+            f"{type(quantities[0]).__name__} go one by one: exact, but slow. Leave it out, or use bncurv.curvature.",
+            SlowPathWarning,
+            stacklevel=2,
+        )
     hooked = {name for name, p in wanted.items() if p._backward_hooks}
-    with set_aside(wanted.values()), torch.enable_grad():
+    with set_aside(wanted.values()), _grads_kept(retained), torch.enable_grad():
         at_batch = LossAtBatch(loss_fn, output, target, float(g))
         leaf = output.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_fn.forward(leaf, target), leaf, g)  # in the loss' own dtype, to the bit
@@ -177,10 +189,21 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
         }  # others' .grad is what a hook makes of it
         _expect_gradient(loss_fn, output, gradient, unhooked, quantities)
         with tqdm(disable=True) as bar:
-            fields, _ = compute(output, at_batch, wanted, quantities, "auto", None, bar)
+            fields, _ = compute(output, at_batch, wanted, quantities, "auto", 1 if retained else None, bar)
     for q in quantities:
         q.runs += 1
         q.deliver(fields[q.field], wanted)
+
+
+@contextmanager
+def _grads_kept(tensors: list[Tensor]) -> Iterator[None]:
+    """Give tensors with ``retain_grad()`` the gradients back that they had before our passes."""
+    before = [(t, t.grad) for t in tensors]
+    try:
+        yield
+    finally:
+        for t, grad in before:
+            t.grad = grad
 
 
 def _expect_gradient(
@@ -212,9 +235,10 @@ def _expect_gradient(
                 raise RuntimeError(
                     f"backward() gave '{name}' a gradient that is not that of {type(loss_fn).__name__} alone (relative "
                     f"difference {float((grown - own).norm() / (scale + 0.1 * whole)):.1e}): the loss was composed "
-                    "with other terms, whose curvature bncurv does not know. Call backward() on the extended loss "
-                    "(times a positive number, if you like), and add the gradient of other terms in a backward() "
-                    "outside the block."
+                    "with other terms, whose curvature bncurv does not know, or a module's backward hook changes "
+                    "gradients. Call backward() on the extended loss (times a positive number, if you like), and add "
+                    "the gradient of other terms in a backward() outside the block; for hooks use bncurv.curvature, "
+                    "which leaves them out."
                 )
 
     torch.autograd.Variable._execution_engine.queue_callback(check)

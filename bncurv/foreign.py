@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from backpack import disable
 from backpack.context import CTX
 from backpack.utils.hooks import no_op
-from torch import Tensor
+from torch import Tensor, nn
+
+_depth = 0  # of `set_aside`
 
 
 @contextmanager
-def set_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Keep BackPACK and hooks on parameters from acting on our passes.
+def set_aside(parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Keep BackPACK and backward hooks from acting on our passes.
 
     BackPACK neither stores inputs meanwhile nor deletes those that it has stored.
 
     Args:
-        parameters: the model's parameters, whose tensor hooks wait.
+        parameters: tensors whose hooks wait.
+        modules: modules whose backward hooks stay off the graphs that are recorded meanwhile.
     """
+    global _depth
     before = CTX.get_active_exts(), CTX.get_extension_hook(), CTX.get_retain_graph()
-    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    tables: list[dict] = [p._backward_hooks for p in parameters if p._backward_hooks]
+    tables += [t for m in modules for t in (m._backward_hooks, m._backward_pre_hooks) if t]
+    hooks = [(t, dict(t)) for t in tables]
     CTX.set_active_exts(())
     CTX.set_extension_hook(no_op)
     CTX.set_retain_graph(True)
-    for table, _ in hooks:
+    for table in tables:
         table.clear()
+    _depth += 1
     try:
         with disable():
             yield
     finally:
+        _depth -= 1
         for table, entries in hooks:
             table.update(entries)
         CTX.set_active_exts(before[0])
         CTX.set_extension_hook(before[1])
         CTX.set_retain_graph(before[2])
+
+
+class _Resting:
+    """A module's backward hook that rests while our passes run."""
+
+    def __init__(self, hook: Callable) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return None if _depth else self._hook(*args)
+
+
+@contextmanager
+def resting_hooks(model: nn.Module) -> Iterator[None]:
+    """Backward hooks that a forward pass in this block puts on its graph act in the user's passes only.
+
+    Those of ``model`` itself are on their way to the graph when its forward begins, and are not reached.
+    """
+    tables = [t for m in model.modules() for t in (m._backward_hooks, m._backward_pre_hooks) if t]
+    hooks = [(t, dict(t)) for t in tables]
+    for table in tables:
+        table.update({key: _Resting(hook) for key, hook in table.items()})
+    try:
+        yield
+    finally:
+        for table, entries in hooks:
+            table.update({key: hook for key, hook in entries.items() if key in table})

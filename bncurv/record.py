@@ -9,6 +9,7 @@ Nothing global is kept: the marks live and die with the graph. `trace` walks bac
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from bncurv.statistics import COUPLED, Coupling, Gates, batch_norm, couple
 
 _MARK = "bncurv"
 MODEL = "bncurv.model"
+_RETAINED = "bncurv.retained"
 _TRAIN = BatchNormTrain()
 
 
@@ -134,10 +136,12 @@ class Recorder(TorchFunctionMode):
 
     Args:
         model: the model that runs in the block; gives modules their names.
+        private: nobody but us pulls through the graph, so ``retain_grad()`` in its code means nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, private: bool = False) -> None:
         super().__init__()
+        self._private = private
         self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
         self._stack: list[str] = [type(model).__name__]
         self._gates = Gates()
@@ -194,6 +198,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         layer = LAYERS.get(func)
+        if func is Tensor.retain_grad:
+            return self._retain_grad(args[0])
         if layer is None or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **(kwargs or {})}
@@ -203,6 +209,13 @@ class Recorder(TorchFunctionMode):
         if layer.accepts(arguments):
             self._mark(output, layer, arguments)
         return output
+
+    def _retain_grad(self, x: Tensor) -> None:
+        if self._private and x.requires_grad:
+            return
+        x.retain_grad()
+        if x.grad_fn is not None:
+            metadata(x.grad_fn).setdefault(_RETAINED, []).append(weakref.ref(x))
 
     def _batch_norm(self, arguments: dict[str, Any]) -> Tensor:
         x, affine = arguments["input"], {role: arguments.get(role) for role in ("weight", "bias")}
@@ -314,9 +327,10 @@ def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
     return found
 
 
-def models_behind(output: Tensor) -> list[nn.Module]:
-    """The extended models whose outputs ``output`` depends on."""
-    found: list[nn.Module] = []
+def behind(output: Tensor) -> tuple[list[nn.Module], list[Tensor]]:
+    """The extended models that ``output`` depends on, and the tensors on the way whose gradients are retained."""
+    models: list[nn.Module] = []
+    retained = [output] if output.retains_grad else []
     seen: set[Node] = set()
     stack = [output.grad_fn] if output.grad_fn is not None else []
     while stack:
@@ -326,7 +340,8 @@ def models_behind(output: Tensor) -> list[nn.Module]:
         seen.add(node)
         reference = metadata(node).get(MODEL)
         model = reference() if reference else None
-        if model is not None and model not in found:
-            found.append(model)
+        if model is not None and model not in models:
+            models.append(model)
+        retained += [t for t in (r() for r in metadata(node).get(_RETAINED, ())) if t is not None and t is not output]
         stack.extend(child for child, _ in node.next_functions if child is not None)
-    return found
+    return models, retained

@@ -245,8 +245,9 @@ def test_exact(one: Case, method: str) -> None:
 
 @pytest.mark.parametrize("one", [c for c in MORE if c.fallback], ids=str)
 def test_fallback_is_announced(one: Case) -> None:
-    with pytest.warns(SlowPathWarning, match="No parameter product for.*register_layer"):
+    with pytest.warns(SlowPathWarning, match="No parameter product for.*register_layer") as caught:
         compute(one, "coupled")
+    assert __file__ in [w.filename for w in caught]  # it points at the line that called `curvature`
 
 
 @EVERY_WAY

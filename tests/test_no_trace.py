@@ -20,7 +20,7 @@ from state import differences, snapshot, unchanged
 from test_exact import assert_close
 from torch import Tensor, nn
 
-from bncurv import ComponentGrad, DiagGGNExact, curvature, extend, reference, unextend
+from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, extend, reference, unextend
 
 N, C = 6, 3
 
@@ -767,6 +767,104 @@ def test_backward_hooks_that_read_numbers(use: str) -> None:
     plain = plainly(net())
     if use == "gesture":
         assert all(torch.equal(p.grad, q.grad) for p, q in _pairs(model, plain))
+
+
+def hooked_inside(hook: Callable[..., Any]) -> nn.Module:
+    """Backward hooks of every kind on layers and BatchNorms, not on the model itself."""
+    model = net()
+    for place, kind in ((0, "full_"), (1, ""), (3, "full_"), (4, "full_"), (6, "")):
+        getattr(model[place], f"register_{kind}backward_hook")(hook)
+    model[4].register_full_backward_pre_hook(lambda m, go: hook(m, go, go))
+    return model
+
+
+@BACKPACKS_WARNING
+@pytest.mark.parametrize("use", ["coupled", "dense"])
+def test_backward_hooks_of_modules_take_no_part_in_curvature(use: str) -> None:
+    """Not even where they would change the gradients: curvature is that of the function."""
+    fired: list[nn.Module] = []
+
+    def doubled(module: nn.Module, gi: Any, go: Any) -> Any:
+        fired.append(module)
+        return tuple(None if g is None else 2 * g for g in gi)
+
+    model = hooked_inside(doubled)
+    with unchanged(model):
+        got = compute(model, method=use)
+    assert fired == []
+    assert_close(got.diag_ggn_exact, reference.ggn_diagonal(net(), nn.CrossEntropyLoss(), *batch()))
+
+
+@BACKPACKS_WARNING
+def test_backward_hooks_of_modules_fire_once_in_extend() -> None:
+    """They see the user's pass only, and the gradients are those of PyTorch."""
+    seen: dict[str, list[Tensor]] = {"extended": [], "plain": []}
+
+    def note(who: str) -> Callable[..., None]:
+        return lambda m, gi, go: seen[who].extend(g.clone() for g in go if g is not None)
+
+    model, plain = hooked_inside(note("extended")), plainly(hooked_inside(note("plain")))
+    extend(model)
+    with unchanged(model, but=("grad", "buffer", "attributes")):
+        gesture(model)
+    assert len(seen["plain"]) >= 6
+    assert all(torch.equal(a, b) for a, b in zip(seen["extended"], seen["plain"], strict=True))
+    assert all(torch.equal(p.grad, q.grad) for p, q in _pairs(model, plain))
+    want = reference.ggn_diagonal(net(), nn.CrossEntropyLoss(), *batch())
+    assert_close({n: p.diag_ggn_exact for n, p in model.named_parameters()}, want)
+
+
+@BACKPACKS_WARNING
+def test_backward_hook_that_changes_gradients_is_named_in_extend() -> None:
+    model = net()
+    model[4].register_full_backward_hook(lambda m, gi, go: tuple(2 * g for g in gi))
+    with pytest.raises(RuntimeError, match="backward hook changes gradients.*bncurv.curvature"):
+        gesture(extend(model))
+
+
+class Retaining(nn.Module):
+    """Keeps the gradient of an intermediate value, as for saliency maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.net[:2](x)
+        self.hidden.retain_grad()
+        return self.net[2:](self.hidden * 1)
+
+
+def test_retained_gradients_are_those_of_backward() -> None:
+    plain = plainly(Retaining())
+    model = extend(Retaining())
+    with pytest.warns(SlowPathWarning, match=r"retain_grad\(\).*\(6, 5\).*DiagGGNExact.*one by one"):
+        gesture(model)
+    assert torch.equal(model.hidden.grad, plain.hidden.grad)
+    want = reference.ggn_diagonal(Retaining(), nn.CrossEntropyLoss(), *batch())
+    assert_close({n: p.diag_ggn_exact for n, p in model.named_parameters()}, want)
+    assert torch.equal(plainly(extend(Retaining())).hidden.grad, plain.hidden.grad)  # no quantity asked for
+
+
+def test_retained_gradient_of_the_output() -> None:
+    model, loss_fn, (X, y) = extend(net()), extend(nn.CrossEntropyLoss()), batch()
+    output = model(X)
+    output.retain_grad()
+    with backpack(DiagGGNExact()), pytest.warns(SlowPathWarning, match="retain_grad"):
+        loss_fn(output, y).backward()
+    leaf = output.detach().requires_grad_()
+    (want,) = torch.autograd.grad(nn.CrossEntropyLoss()(leaf, y), leaf)
+    assert torch.equal(output.grad, want)
+
+
+@pytest.mark.parametrize("method", ["coupled", "dense"])
+def test_nothing_is_retained_in_curvature(method: str) -> None:
+    model = Retaining()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        got = compute(model, method=method).diag_ggn_exact
+    assert not model.hidden.retains_grad
+    assert_close(got, reference.ggn_diagonal(Retaining(), nn.CrossEntropyLoss(), *batch()))
 
 
 def _pairs(model: nn.Module, other: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
