@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from bncurv.engine import Engine, Mixed
 from bncurv.foreign import set_aside
-from bncurv.losses import LossAtBatch, find_loss
+from bncurv.loss_at_batch import LossAtBatch
+from bncurv.losses import find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from bncurv.record import Trace
+from bncurv.graph import Trace
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 BASE = 32

@@ -35,9 +35,9 @@ from bncurv import passes
 from bncurv.certificate import find_mixing
 from bncurv.costs import Costs, chunks
 from bncurv.directions import Correction, Directions, TruncatedDirections
+from bncurv.graph import Trace, trace
 from bncurv.passes import closed_gates
 from bncurv.products import Products
-from bncurv.record import Trace, trace
 from bncurv.structure import Structure
 
 

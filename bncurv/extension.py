@@ -23,9 +23,11 @@ from tqdm import tqdm
 from bncurv.api import check_output, check_quantities, compute
 from bncurv.engine import SlowPathWarning
 from bncurv.foreign import resting_hooks, set_aside
-from bncurv.losses import LOSSES, LossAtBatch, find_loss
+from bncurv.graph import behind
+from bncurv.loss_at_batch import LossAtBatch
+from bncurv.losses import LOSSES, find_loss
 from bncurv.quantities import Quantity
-from bncurv.record import MODEL, Recorder, behind, metadata
+from bncurv.record import MODEL, Recorder, metadata
 
 _ATTRIBUTE = "_bncurv_hooks"
 
@@ -150,10 +152,33 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     for q in quantities:
         q.begin(graph_survives=False)
     models, retained = behind(output)
+    _check_models(models, type(loss_fn).__name__, type(quantities[0]).__name__)
+    wanted = _parameters(models)
+    check_output(output, target, wanted)
+    find_loss(loss_fn)
+    if g.numel() != 1:
+        raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
+    if retained:
+        _warn_of_single_passes(retained, type(quantities[0]).__name__)
+    unhooked = {name: p for name, p in wanted.items() if not p._backward_hooks}  # .grad is what a hook makes of it
+    with set_aside(wanted.values()), _grads_kept(retained), torch.enable_grad():
+        at_batch = LossAtBatch(loss_fn, output, target, float(g))
+        leaf = output.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_fn.forward(leaf, target), leaf, g)  # in the loss' own dtype, to the bit
+        _expect_gradient(loss_fn, output, gradient, unhooked, quantities)
+        with tqdm(disable=True) as bar:
+            fields, _ = compute(output, at_batch, wanted, quantities, "auto", 1 if retained else None, bar)
+    for q in quantities:
+        q.runs += 1
+        q.deliver(fields[q.field], wanted)
+
+
+def _check_models(models: list[nn.Module], loss: str, quantity: str) -> None:
+    """Raise RuntimeError unless the forward pass ran through an extended model, with BackPACK's hooks where needed."""
     if not models:
         raise RuntimeError(
-            f"{type(quantities[0]).__name__} is active, but the output that {type(loss_fn).__name__} received comes "
-            "from no extended model. Call model = bncurv.extend(model) before the forward pass."
+            f"{quantity} is active, but the output that {loss} received comes from no extended model. Call "
+            "model = bncurv.extend(model) before the forward pass."
         )
     if _foreign() and not any(hasattr(m, "_backpack_extend") for model in models for m in model.modules()):
         raise RuntimeError(
@@ -161,38 +186,26 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
             "'with backpack(...)' block on a model without BackPACK's hooks. Run the forward pass inside the block, or "
             "call backpack.extend on the model and the loss as well."
         )
-    wanted: dict[str, Tensor] = {
+
+
+def _parameters(models: list[nn.Module]) -> dict[str, Tensor]:
+    """All parameters that require grad, by name; of several models with their number in front."""
+    return {
         (f"{i}." if len(models) > 1 else "") + name: p
         for i, model in enumerate(models)
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    check_output(output, target, wanted)
-    find_loss(loss_fn)
-    if g.numel() != 1:
-        raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
-    if retained:
-        shapes = ", ".join(str(tuple(t.shape)) for t in retained)
-        warnings.warn(
-            f"retain_grad() was called on tensor(s) of shape {shapes} in the model, so the backward passes for "
-            f"{type(quantities[0]).__name__} go one by one: exact, but slow. Leave it out, or use bncurv.curvature.",
-            SlowPathWarning,
-            stacklevel=2,
-        )
-    hooked = {name for name, p in wanted.items() if p._backward_hooks}
-    with set_aside(wanted.values()), _grads_kept(retained), torch.enable_grad():
-        at_batch = LossAtBatch(loss_fn, output, target, float(g))
-        leaf = output.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_fn.forward(leaf, target), leaf, g)  # in the loss' own dtype, to the bit
-        unhooked = {
-            name: p for name, p in wanted.items() if name not in hooked
-        }  # others' .grad is what a hook makes of it
-        _expect_gradient(loss_fn, output, gradient, unhooked, quantities)
-        with tqdm(disable=True) as bar:
-            fields, _ = compute(output, at_batch, wanted, quantities, "auto", 1 if retained else None, bar)
-    for q in quantities:
-        q.runs += 1
-        q.deliver(fields[q.field], wanted)
+
+
+def _warn_of_single_passes(retained: list[Tensor], quantity: str) -> None:
+    shapes = ", ".join(str(tuple(t.shape)) for t in retained)
+    warnings.warn(
+        f"retain_grad() was called on tensor(s) of shape {shapes} in the model, so the backward passes for {quantity} "
+        "go one by one: exact, but slow. Leave it out, or use bncurv.curvature.",
+        SlowPathWarning,
+        stacklevel=3,
+    )
 
 
 @contextmanager

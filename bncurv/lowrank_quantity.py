@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bncurv.engine import Mixed, Rows, Source
-from bncurv.losses import LossAtBatch
+from bncurv.loss_at_batch import LossAtBatch
 from bncurv.lowrank import LowRank
 from bncurv.operator import BatchOperator, MatrixFreeGGN
 from bncurv.quantities import Parameters, Quantity

@@ -16,7 +16,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
-from bncurv.losses import LossAtBatch
+from bncurv.loss_at_batch import LossAtBatch
 from bncurv.lowrank import LowRank, Vector, leading, one_blas_thread, positive
 
 

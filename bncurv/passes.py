@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from bncurv.record import Site
+from bncurv.graph import Site
 
 Ends = Sequence[GradientEdge | Tensor]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bncurv.costs import RIGHT_BYTES, ROW_BYTES, chunks
 from bncurv.directions import Correction
+from bncurv.graph import Trace
 from bncurv.layers import Layer, Product
-from bncurv.record import Trace
 from bncurv.squares import sum_squares
 
 

@@ -15,7 +15,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
 from bncurv.engine import Mixed, Rows, Source, Squares
-from bncurv.losses import LossAtBatch
+from bncurv.loss_at_batch import LossAtBatch
 
 Result = dict[str, Tensor]
 Parameters = Mapping[str, Tensor]

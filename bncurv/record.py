@@ -1,19 +1,19 @@
-"""What one forward pass leaves on its autograd graph, and how it is read back.
+"""What one forward pass leaves on its autograd graph.
 
 A `Recorder` watches a forward pass without touching the model: it is a ``TorchFunctionMode``, so it sees every
 ``torch`` call of user code (modules or functional). Calls of the layer table leave a `Call` on the graph node
 that they made; train-mode batch normalisations and registered coupled layers run gated and leave a `Coupling`.
-Nothing global is kept: the marks live and die with the graph. `trace` walks back from the output and collects them.
+Nothing global is kept: the marks live and die with the graph; ``graph.py`` collects them from the
+output.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 from bncurv.layers import LAYERS, BatchNormTrain, Layer
 from bncurv.statistics import COUPLED, Coupling, Gates, batch_norm, couple
 
-_MARK = "bncurv"
+MARK = "bncurv"
 MODEL = "bncurv.model"
-_RETAINED = "bncurv.retained"
+RETAINED = "bncurv.retained"
 _TRAIN = BatchNormTrain()
 
 
@@ -39,7 +39,8 @@ def metadata(node: Node) -> dict[str, Any]:
     return notes
 
 
-def _edges_below(node: Node) -> list[GradientEdge]:
+def edges_below(node: Node) -> list[GradientEdge]:
+    """Where a node's inputs come from."""
     return [GradientEdge(below, output_nr) for below, output_nr in node.next_functions if below is not None]
 
 
@@ -192,8 +193,8 @@ class Recorder(TorchFunctionMode):
         _check_pair(name, type(module).__name__, x, expected, y)
         if coupling is not None:
             node = get_gradient_edge(copies).node
-            mark = Mark(None, coupling, copies.output_nr, len(copies), tuple(_edges_below(node)))
-            metadata(node)[_MARK] = mark
+            mark = Mark(None, coupling, copies.output_nr, len(copies), tuple(edges_below(node)))
+            metadata(node)[MARK] = mark
         return y
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -215,7 +216,7 @@ class Recorder(TorchFunctionMode):
             return
         x.retain_grad()
         if x.grad_fn is not None:
-            metadata(x.grad_fn).setdefault(_RETAINED, []).append(weakref.ref(x))
+            metadata(x.grad_fn).setdefault(RETAINED, []).append(weakref.ref(x))
 
     def _batch_norm(self, arguments: dict[str, Any]) -> Tensor:
         x, affine = arguments["input"], {role: arguments.get(role) for role in ("weight", "bias")}
@@ -240,108 +241,4 @@ class Recorder(TorchFunctionMode):
         below = [get_gradient_edge(x) for x in inputs if x.requires_grad]
         versions = [x._version for x in inputs]
         call = Call(layer, self._stack[-1], arguments, output.shape, versions, below) if learnt else None
-        metadata(output.grad_fn)[_MARK] = Mark(call, coupling, output.output_nr, len(output), tuple(below))
-
-
-@dataclass
-class Site:
-    """A marked node of a traced graph.
-
-    Attributes:
-        edge: where the output's cotangent is read.
-        upstream: bit set of the sites that the node's input depends on (bit j: ``trace.sites[j]``).
-    """
-
-    mark: Mark
-    edge: GradientEdge
-    upstream: int
-
-    @property
-    def call(self) -> Call:
-        """The table call of a site that has one (see ``mark.call``)."""
-        assert self.mark.call is not None
-        return self.mark.call
-
-    @property
-    def coupling(self) -> Coupling:
-        """The coupling of a site that has one (see ``mark.coupling``)."""
-        assert self.mark.coupling is not None
-        return self.mark.coupling
-
-
-@dataclass
-class Trace:
-    """The marked part of a graph in forward order.
-
-    Attributes:
-        sites: the marked nodes.
-        modules: outputs of modules: name, shape and edge.
-        loose: parameters used outside the marked calls.
-        takers: how many inputs of the graph's nodes a node's output feeds.
-    """
-
-    sites: list[Site] = field(default_factory=list)
-    modules: list[tuple[str, torch.Size, GradientEdge]] = field(default_factory=list)
-    loose: list[Tensor] = field(default_factory=list)
-    takers: Counter[tuple[Node, int]] = field(default_factory=Counter)
-
-
-def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
-    """Walk the graph behind ``output``.
-
-    Args:
-        output: the model's output.
-        wanted: the parameters asked for; those reached past the marked calls end in ``Trace.loose``.
-
-    Returns:
-        What the forward pass left, in forward order.
-    """
-    ids = {id(p) for p in wanted}
-    found = Trace(loose=[output] if id(output) in ids else [])
-    reach: dict[Node, int] = {}  # node → bit set of the sites at or before it
-    stack: list[tuple[Node, bool]] = [(output.grad_fn, False)] if output.grad_fn is not None else []
-    while stack:
-        node, children_done = stack.pop()
-        if node in reach:
-            continue
-        mark: Mark | None = metadata(node).get(_MARK)
-        edges = mark.below if mark else _edges_below(node)
-        if not children_done:
-            stack.append((node, True))
-            stack.extend((e.node, False) for e in edges if e.node not in reach)
-            continue
-        upstream = 0
-        for e in edges:
-            upstream |= reach[e.node]
-            found.takers[e.node, e.output_nr] += 1
-        if mark:
-            found.sites.append(Site(mark, GradientEdge(node, mark.output_nr), upstream))
-            upstream |= 1 << (len(found.sites) - 1)
-        reach[node] = upstream
-        module = metadata(node).get("bncurv.module")
-        if module:
-            found.modules.append((module[0], module[1], GradientEdge(node, module[2])))
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in ids:
-            found.loose.append(variable)
-    return found
-
-
-def behind(output: Tensor) -> tuple[list[nn.Module], list[Tensor]]:
-    """The extended models that ``output`` depends on, and the tensors on the way whose gradients are retained."""
-    models: list[nn.Module] = []
-    retained = [output] if output.retains_grad else []
-    seen: set[Node] = set()
-    stack = [output.grad_fn] if output.grad_fn is not None else []
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        reference = metadata(node).get(MODEL)
-        model = reference() if reference else None
-        if model is not None and model not in models:
-            models.append(model)
-        retained += [t for t in (r() for r in metadata(node).get(_RETAINED, ())) if t is not None and t is not output]
-        stack.extend(child for child, _ in node.next_functions if child is not None)
-    return models, retained
+        metadata(output.grad_fn)[MARK] = Mark(call, coupling, output.output_nr, len(output), tuple(below))

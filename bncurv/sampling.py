@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bncurv.engine import Mixed, Rows, Source
-from bncurv.losses import Factor, LossAtBatch
+from bncurv.loss_at_batch import LossAtBatch
+from bncurv.losses import Factor
 from bncurv.quantities import Parameters, Quantity, Result, SqrtGGNExact, _squares, zeros
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch.autograd.graph import GradientEdge
 
-from bncurv.record import Trace
+from bncurv.graph import Trace
 from bncurv.statistics import BatchNormCoupling
 
 

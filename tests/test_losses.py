@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bncurv import ComponentGrad, DiagGGNExact, curvature, extend, reference, register_loss
+from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import LOSSES as TABLE
-from bncurv.losses import Loss, LossAtBatch, find_loss
+from bncurv.losses import Loss, find_loss
 
 N, C = 5, 4
 

@@ -13,7 +13,7 @@ from test_exact import assert_close
 from torch import Tensor, nn
 
 from bncurv import ComponentGrad, DiagGGNExact, SumComponentGradSquared, curvature, extend, reference
-from bncurv.record import trace
+from bncurv.graph import trace
 from bncurv.statistics_passes import StatisticsPasses
 
 

@@ -1,0 +1,118 @@
+"""What recorded forward passes left on a graph (``record.py``), found again from its output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from bncurv.record import MARK, MODEL, RETAINED, Call, Mark, edges_below, metadata
+from bncurv.statistics import Coupling
+
+
+@dataclass
+class Site:
+    """A marked node of a traced graph.
+
+    Attributes:
+        edge: where the output's cotangent is read.
+        upstream: bit set of the sites that the node's input depends on (bit j: ``trace.sites[j]``).
+    """
+
+    mark: Mark
+    edge: GradientEdge
+    upstream: int
+
+    @property
+    def call(self) -> Call:
+        """The table call of a site that has one (see ``mark.call``)."""
+        assert self.mark.call is not None
+        return self.mark.call
+
+    @property
+    def coupling(self) -> Coupling:
+        """The coupling of a site that has one (see ``mark.coupling``)."""
+        assert self.mark.coupling is not None
+        return self.mark.coupling
+
+
+@dataclass
+class Trace:
+    """The marked part of a graph in forward order.
+
+    Attributes:
+        sites: the marked nodes.
+        modules: outputs of modules: name, shape and edge.
+        loose: parameters used outside the marked calls.
+        takers: how many inputs of the graph's nodes a node's output feeds.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    modules: list[tuple[str, torch.Size, GradientEdge]] = field(default_factory=list)
+    loose: list[Tensor] = field(default_factory=list)
+    takers: Counter[tuple[Node, int]] = field(default_factory=Counter)
+
+
+def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
+    """Walk the graph behind ``output``.
+
+    Args:
+        output: the model's output.
+        wanted: the parameters asked for; those reached past the marked calls end in ``Trace.loose``.
+
+    Returns:
+        What the forward pass left, in forward order.
+    """
+    ids = {id(p) for p in wanted}
+    found = Trace(loose=[output] if id(output) in ids else [])
+    reach: dict[Node, int] = {}  # node → bit set of the sites at or before it
+    stack: list[tuple[Node, bool]] = [(output.grad_fn, False)] if output.grad_fn is not None else []
+    while stack:
+        node, children_done = stack.pop()
+        if node in reach:
+            continue
+        mark: Mark | None = metadata(node).get(MARK)
+        edges = mark.below if mark else edges_below(node)
+        if not children_done:
+            stack.append((node, True))
+            stack.extend((e.node, False) for e in edges if e.node not in reach)
+            continue
+        upstream = 0
+        for e in edges:
+            upstream |= reach[e.node]
+            found.takers[e.node, e.output_nr] += 1
+        if mark:
+            found.sites.append(Site(mark, GradientEdge(node, mark.output_nr), upstream))
+            upstream |= 1 << (len(found.sites) - 1)
+        reach[node] = upstream
+        module = metadata(node).get("bncurv.module")
+        if module:
+            found.modules.append((module[0], module[1], GradientEdge(node, module[2])))
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in ids:
+            found.loose.append(variable)
+    return found
+
+
+def behind(output: Tensor) -> tuple[list[nn.Module], list[Tensor]]:
+    """The extended models that ``output`` depends on, and the tensors on the way whose gradients are retained."""
+    models: list[nn.Module] = []
+    retained = [output] if output.retains_grad else []
+    seen: set[Node] = set()
+    stack = [output.grad_fn] if output.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        reference = metadata(node).get(MODEL)
+        model = reference() if reference else None
+        if model is not None and model not in models:
+            models.append(model)
+        retained += [t for t in (r() for r in metadata(node).get(RETAINED, ())) if t is not None and t is not output]
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+    return models, retained
