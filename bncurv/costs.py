@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bncurv.engine import Engine
 
 CHUNK_BYTES = 16 * 2**20  # cotangents of all layers held at once
-LAYER_BYTES = 3 * 2**20  # cotangents of the widest layer: stay in cache from one elementwise operation to the next
+WIDEST_BYTES = 3 * 2**20  # the widest of them, or of a parameter's rows: stays in cache, and in pages the process has
 WORTHWHILE = 3  # fewer backward passes than this are not done at once
 RIGHT_BYTES = 16 * 2**20  # unfolded inputs of all layers kept for reuse
 DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
@@ -50,14 +50,16 @@ class Costs:
                 cost += self._forward[j] * (bool(call.below) + (j in products)) + ELEMENTWISE * call.output.numel()
         return cost
 
-    def _fitting(self, sites: int) -> int:
-        """How many cotangents of the batch fit, at the layers of a bit set of sites."""
-        sizes = [self._itemsize * call.output.numel() for j, call in self._calls.items() if sites >> j & 1]
-        return min(CHUNK_BYTES // (sum(sizes) or 1), LAYER_BYTES // max(sizes, default=1))
+    def _fitting(self, sites: int, rows: bool) -> int:
+        """How many cotangents of the batch fit at the layers of a bit set of sites, with their parameters' rows."""
+        calls = [call for j, call in self._calls.items() if sites >> j & 1]
+        outputs = [call.output.numel() for call in calls]
+        widest = max(outputs + [p.numel() for call in calls for _, p in call.parameters if rows], default=1)
+        return min(CHUNK_BYTES // (self._itemsize * max(1, sum(outputs))), WIDEST_BYTES // (self._itemsize * widest))
 
     def _batch(self, sites: int) -> int:
         """How many backward passes to do at once; few large ones are faster one after the other."""
-        count = self._fitting(sites)
+        count = self._fitting(sites, rows=True)
         return count if count >= WORTHWHILE else 1
 
     def dense(self) -> float:
@@ -122,7 +124,7 @@ class Costs:
         """Columns of the loss pulled back at once in the coupled way: at least as many as make A P a tall product."""
         directions = max((self._structure.entries[name] for name in names), default=0)
         tall = -(-TALL // self._engine.samples) if directions > TALL else 1
-        return max(tall, self._fitting(-1))
+        return max(tall, self._fitting(-1, rows=False))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""

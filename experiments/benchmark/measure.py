@@ -111,7 +111,7 @@ def exact_diagonal(problem: Problem, entries: list[Entry], share: float) -> Tens
 def mean_error(entry: Entry, problem: Problem, exact: Tensor, share: float) -> float:
     """Relative Frobenius error of a Monte-Carlo diagonal, mean over draws."""
     found = []
-    for draw in range(max(1, min(10, int(share / 4 / max(entry.single, 1e-6))))):
+    for draw in range(max(1, min(100, int(share / 4 / max(entry.single, 1e-6))))):
         problem.draw = 100 + draw
         value = entry.competitor.run(problem, entry.chunk, None).value
         found.append(((value - exact).norm() / exact.norm()).item())
