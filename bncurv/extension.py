@@ -174,7 +174,7 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
 
 
 def _check_models(models: list[nn.Module], loss: str, quantity: str) -> None:
-    """Raise RuntimeError unless the forward pass ran through an extended model, with BackPACK's hooks where needed."""
+    """Raise RuntimeError unless an extended model made the output, with BackPACK's hooks where needed and no others."""
     if not models:
         raise RuntimeError(
             f"{quantity} is active, but the output that {loss} received comes from no extended model. Call "
@@ -186,6 +186,13 @@ def _check_models(models: list[nn.Module], loss: str, quantity: str) -> None:
             "'with backpack(...)' block on a model without BackPACK's hooks. Run the forward pass inside the block, or "
             "call backpack.extend on the model and the loss as well."
         )
+    for model in models:
+        if model._backward_pre_hooks:
+            raise RuntimeError(
+                f"{quantity}: the extended module {type(model).__name__} itself has a full backward pre-hook, which "
+                "would act on bncurv's passes too. Remove it, hook its last layer instead, or use bncurv.curvature, which "
+                "leaves hooks out."
+            )
 
 
 def _parameters(models: list[nn.Module]) -> dict[str, Tensor]:

@@ -822,6 +822,15 @@ def test_backward_hook_that_changes_gradients_is_named_in_extend() -> None:
         gesture(extend(model))
 
 
+def test_backward_pre_hook_of_the_extended_module_is_refused() -> None:
+    model = net()
+    model.register_full_backward_pre_hook(lambda m, go: tuple(2 * g for g in go))
+    with pytest.raises(RuntimeError, match="DiagGGNExact.*Sequential itself has a full backward pre-hook.*curvature"):
+        gesture(extend(model))
+    want = reference.ggn_diagonal(net(), nn.CrossEntropyLoss(), *batch())
+    assert_close(compute(unextend(model)).diag_ggn_exact, want)
+
+
 class Retaining(nn.Module):
     """Keeps the gradient of an intermediate value, as for saliency maps."""
 
