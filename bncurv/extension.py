@@ -190,8 +190,8 @@ def _check_models(models: list[nn.Module], loss: str, quantity: str) -> None:
         if model._backward_pre_hooks:
             raise RuntimeError(
                 f"{quantity}: the extended module {type(model).__name__} itself has a full backward pre-hook, which "
-                "would act on bncurv's passes too. Remove it, hook its last layer instead, or use bncurv.curvature, which "
-                "leaves hooks out."
+                "would act on bncurv's passes too. Remove it, hook its last layer instead, or use bncurv.curvature, "
+                "which leaves hooks out."
             )
 
 
