@@ -26,13 +26,12 @@ def set_aside(parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -
     """
     global _depth
     before = CTX.get_active_exts(), CTX.get_extension_hook(), CTX.get_retain_graph()
-    tables: list[dict] = [p._backward_hooks for p in parameters if p._backward_hooks]
-    tables += [t for m in modules for t in (m._backward_hooks, m._backward_pre_hooks) if t]
-    hooks = [(t, dict(t)) for t in tables]
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    hooks += _backward_hooks(modules)
     CTX.set_active_exts(())
     CTX.set_extension_hook(no_op)
     CTX.set_retain_graph(True)
-    for table in tables:
+    for table, _ in hooks:
         table.clear()
     _depth += 1
     try:
@@ -45,6 +44,11 @@ def set_aside(parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -
         CTX.set_active_exts(before[0])
         CTX.set_extension_hook(before[1])
         CTX.set_retain_graph(before[2])
+
+
+def _backward_hooks(modules: Iterable[nn.Module]) -> list[tuple[dict, dict]]:
+    """The non-empty tables of backward hooks of modules, each with a copy of its entries."""
+    return [(t, dict(t)) for m in modules for t in (m._backward_hooks, m._backward_pre_hooks) if t]
 
 
 class _Resting:
@@ -63,10 +67,9 @@ def resting_hooks(model: nn.Module) -> Iterator[None]:
 
     Those of ``model`` itself are on their way to the graph when its forward begins, and are not reached.
     """
-    tables = [t for m in model.modules() for t in (m._backward_hooks, m._backward_pre_hooks) if t]
-    hooks = [(t, dict(t)) for t in tables]
-    for table in tables:
-        table.update({key: _Resting(hook) for key, hook in table.items()})
+    hooks = _backward_hooks(model.modules())
+    for table, entries in hooks:
+        table.update({key: _Resting(hook) for key, hook in entries.items()})
     try:
         yield
     finally:

@@ -3,8 +3,7 @@
 A `Recorder` watches a forward pass without touching the model: it is a ``TorchFunctionMode``, so it sees every
 ``torch`` call of user code (modules or functional). Calls of the layer table leave a `Call` on the graph node
 that they made; train-mode batch normalisations and registered coupled layers run gated and leave a `Coupling`.
-Nothing global is kept: the marks live and die with the graph; ``graph.py`` collects them from the
-output.
+Nothing global is kept: the marks live and die with the graph; ``graph.py`` collects them.
 """
 
 from __future__ import annotations
