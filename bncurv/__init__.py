@@ -1,12 +1,12 @@
 """bncurv: exact curvature through train-mode BatchNorm, at a cost linear in the batch size.
 
 Start with `curvature` (one call on an untouched model) or `extend` (BackPACK's ``with backpack(...)`` gesture).
-The idea of the package is told at the head of ``statistics.py`` and ``engine.py``.
+The idea of the package is told at the head of ``gate.py`` and ``engine.py``.
 """
 
 from bncurv.api import Results, curvature
-from bncurv.engine import SlowPathWarning
 from bncurv.extension import extend, unextend
+from bncurv.gate import register_coupled
 from bncurv.layers import register_layer
 from bncurv.losses import register_loss
 from bncurv.lowrank import LowRank
@@ -23,7 +23,7 @@ from bncurv.quantities import (
 )
 from bncurv.report import CouplingReport
 from bncurv.sampling import ComponentDiagGGNMC, DiagGGNMC, SqrtGGNMC
-from bncurv.statistics import register_coupled
+from bncurv.slow import SlowPathWarning
 
 __version__ = "0.1.0"
 

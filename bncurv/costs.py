@@ -6,19 +6,12 @@ cores (float32): elementwise work per entry, the fixed cost of one call into the
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from bncurv.budget import CHUNK_BYTES, DIRECTION_BYTES, ROW_BYTES, WIDEST_BYTES
+from bncurv.graph import Trace
+from bncurv.products import Products
+from bncurv.structure import Structure
 
-if TYPE_CHECKING:
-    from bncurv.engine import Engine
-
-CHUNK_BYTES = 16 * 2**20  # cotangents of all layers held at once
-WIDEST_BYTES = 3 * 2**20  # the widest of them, or of a parameter's rows: stays in cache, and in pages the process has
 WORTHWHILE = 3  # fewer backward passes than this are not done at once
-RIGHT_BYTES = 16 * 2**20  # unfolded inputs of all layers kept for reuse
-DIRECTION_BYTES = 2 * 2**30  # P of the parameters that are worked on at once
-ROW_BYTES = 4 * 2**20  # rows of V of one parameter held at once: stays in cache while they are squared
 TALL = 128  # rows and directions from which on the correction is bound by arithmetic
 ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
 ROW_ENTRY = 60.0  # one entry of V: written, corrected, squared
@@ -26,21 +19,33 @@ COUPLED = 1.25  # the coupled way's smaller products run at a lower rate
 CALL = 2e6  # one layer in one call of the engine
 
 
-def chunks(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` that cover ``range(total)``."""
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
 class Costs:
-    """Cost model of one recorded forward pass."""
+    """Cost model of one recorded forward pass, and the sizes of chunks that follow from it.
 
-    def __init__(self, engine: Engine, columns: int) -> None:
-        self._engine, self._columns = weakref.proxy(engine), columns  # no cycle: graphs die with the call
-        self._structure = engine.structure
-        self._calls = {j: s.mark.call for j, s in enumerate(engine.trace.sites) if s.mark.call}
+    Args:
+        trace: the traced graph.
+        structure: its structure.
+        products: parameter products there.
+        columns: columns per sample that will be asked for.
+        squares: whether sums of squares of V are enough for some of them.
+        chunk_size: most vectors (cotangents of the batch, rows of V) held at once; ``None`` chooses by bytes.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        structure: Structure,
+        products: Products,
+        columns: int,
+        squares: bool = False,
+        chunk_size: int | None = None,
+    ) -> None:
+        self._structure, self._products, self._columns = structure, products, columns
+        self._squares_do, self._chunk_size = squares, chunk_size
+        self._samples, self._wanted = products.samples, products.wanted
+        self._calls = {j: s.mark.call for j, s in enumerate(trace.sites) if s.mark.call}
         self._forward = {j: call.layer.flops(call.arguments, call.output) for j, call in self._calls.items()}
-        self._itemsize = engine.output.element_size()
+        self._itemsize = next(iter(self._wanted.values())).element_size()
 
     def _pass(self, sites: int, products: list[int]) -> float:
         """One cotangent of the batch through a bit set of sites, with the parameter products of some of them."""
@@ -64,41 +69,40 @@ class Costs:
 
     def dense(self) -> float:
         """All N·C columns through everything."""
-        count = self._engine.samples * self._columns
-        rows = count * sum(p.numel() for p in self._engine.wanted.values())
+        count = self._samples * self._columns
+        rows = count * sum(p.numel() for p in self._wanted.values())
         calls = -(-count // self.dense_chunk()) * len(self._calls)
         return count * self._pass(-1, self._structure.calls_in(-1)) + ROW_ENTRY * rows + CALL * calls
 
     def coupled(self, slow: list[str]) -> float:
         """C columns through everything, R directions through what is below, the rows of V and their correction."""
-        engine = self._engine
         cost = (self._columns + 2) * self._pass(-1, self._structure.calls_in(-1)) + 6 * CALL * len(self._calls)
-        groups = self.groups([name for name in engine.wanted if name not in slow])
+        groups = self.groups([name for name in self._wanted if name not in slow])
         cost *= len(groups)
         for j, sites in self._structure.below.items():
             if sites:
                 count, through = self._structure.width[j], self._structure.through[j]
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
                 cost += len(groups) * (count * self._pass(through, sites) + CALL * calls)
-        for name in engine.wanted:
+        for name in self._wanted:
             if self._direction_bytes(name) > 4 * DIRECTION_BYTES:
                 return float("inf")  # one parameter's P alone does not fit
-            squares = engine.squares and self.factored(name, self._columns)
+            squares = self._squares_do and self.factored(name, self._columns)
             cost += self._squares(name) if squares else self._rows(name, self._columns)
         return COUPLED * cost + (self.dense() if slow else 0.0)
 
     def _rows(self, name: str, columns: int) -> float:
         """The rows of V of one parameter, corrected and squared."""
-        entries = self._engine.samples * columns * self._engine.wanted[name].numel()
+        entries = self._samples * columns * self._wanted[name].numel()
         return entries * (2.0 * self._structure.entries[name] + ROW_ENTRY)
 
     def _squares(self, name: str) -> float:
         """The sum of their squares, from the factors."""
-        if not self._engine.products.factors(name):
+        if not self._products.factors(name):
             return float("inf")
         directions = self._structure.entries[name]
-        products = 2.0 * (directions + 2) * (self._engine.samples + directions)
-        return self._engine.wanted[name].numel() * (products + ROW_ENTRY * (directions + 2))
+        products = 2.0 * (directions + 2) * (self._samples + directions)
+        return self._wanted[name].numel() * (products + ROW_ENTRY * (directions + 2))
 
     def factored(self, name: str, columns: int) -> bool:
         """Whether the squares of ``columns`` columns per sample are cheaper from factors than from rows."""
@@ -106,7 +110,7 @@ class Costs:
 
     def _direction_bytes(self, name: str) -> int:
         """P of one parameter."""
-        return self._itemsize * self._structure.entries[name] * self._engine.wanted[name].numel()
+        return self._itemsize * self._structure.entries[name] * self._wanted[name].numel()
 
     def groups(self, names: list[str]) -> list[list[str]]:
         """Parameters whose P is held at once, in forward order; a single one may exceed the budget."""
@@ -123,20 +127,22 @@ class Costs:
     def column_chunk(self, names: list[str]) -> int:
         """Columns of the loss pulled back at once in the coupled way: at least as many as make A P a tall product."""
         directions = max((self._structure.entries[name] for name in names), default=0)
-        tall = -(-TALL // self._engine.samples) if directions > TALL else 1
-        return max(tall, self._fitting(-1, rows=False))
+        tall = -(-TALL // self._samples) if directions > TALL else 1
+        return self._chunk_size or max(tall, self._fitting(-1, rows=False))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return min(128, self._batch(-1))
+        return self._chunk_size or min(128, self._batch(-1))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        return self._batch(self._structure.through[j])
+        return self._chunk_size or self._batch(self._structure.through[j])
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""
-        rows = ROW_BYTES // (self._itemsize * max(1, self._engine.wanted[name].numel()))
+        if self._chunk_size:
+            return max(1, self._chunk_size // count)
+        rows = ROW_BYTES // (self._itemsize * max(1, self._wanted[name].numel()))
         if self._structure.entries[name] > TALL:
             rows = max(rows, TALL)  # the correction's matrix product needs that many to run at its rate
         return max(1, int(rows // count))

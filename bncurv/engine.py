@@ -3,7 +3,7 @@
 Glossary: one meaning per letter in the whole package.
 
     N, n, m   samples of the mini-batch
-    C, c      columns per sample (classes of the loss' factor); also "channel" in statistics.py
+    C, c      columns per sample (classes of the loss' factor); also "channel" in batchnorm.py
     K, k      components, k = (n, c), n slowest: a column of S, non-zero only in row n of the output
     R, q      coupling directions: coordinates of the batch statistics; q also counts batched cotangents
     p         entries of one parameter;  D all of them
@@ -15,92 +15,35 @@ Glossary: one meaning per letter in the whole package.
     B[q, q']  ∂ statistics_q / ∂ statistics_q', those of a lower layer, all others held constant
     P[q]      ∂ statistics_q / ∂θ with the statistics of lower layers held constant: one backward pass each
 
-All passes run with closed gates. The coupled way takes C passes for own and A and R passes for P and B, whatever N is;
-R = Σ 2·channels over the BatchNorms, and a direction passes only the layers below its BatchNorm. The dense way
+The coupled way takes C passes for own and A and R passes for P and B, all with closed gates, whatever N is; R =
+Σ 2·channels over the BatchNorms, and a direction passes only the layers below its BatchNorm. The dense way
 backpropagates all N·C columns with open gates. Both are exact.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from bncurv import passes
+from bncurv.blocks import Batch, Correction, Rows, Source, Squares, WholeBatch
+from bncurv.budget import chunks
 from bncurv.certificate import find_mixing
-from bncurv.costs import Costs, chunks
-from bncurv.directions import Correction, Directions, TruncatedDirections
-from bncurv.graph import Trace, trace
-from bncurv.passes import closed_gates
+from bncurv.costs import Costs
+from bncurv.directions import Directions
+from bncurv.passes import Passes
 from bncurv.products import Products
+from bncurv.slow import warn_slow
 from bncurv.structure import Structure
-
-
-class SlowPathWarning(UserWarning):
-    """The result is exact, but a slower way than usual was taken; the message says why and for what."""
-
-
-class Source(Protocol):
-    """Columns to pull back: ``columns_per_sample`` of them for each sample."""
-
-    @property
-    def columns_per_sample(self) -> int:
-        """Number of columns of each sample."""
-        ...
-
-    def columns(self, c: slice) -> Tensor:
-        """Columns ``c`` of all samples, each in its own row: ``[c, n, *output]``."""
-        ...
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """Whole-batch cotangents to pull back, ``[q, n, *output]``; their rows of V come as one block ``[1, q, *p]``."""
-
-    cotangents: Tensor
-
-
-class Rows(NamedTuple):
-    """A block of V: ``values [n, c, *p]`` of parameter ``name`` for the samples ``n`` and columns ``c``.
-
-    In the coupled way also the correction that went into it and, where the engine keeps it, the squared norm of the own
-    part.
-    """
-
-    name: str
-    values: Tensor
-    n: slice
-    c: slice
-    own: Tensor | None = None
-    correction: Correction | None = None
-
-    def sum_squares(self) -> Tensor:
-        """Σ_(n, c) V², ``[*p]``."""
-        return self.values.square().sum((0, 1))
-
-
-class Squares(NamedTuple):
-    """Σ_(n, c) V² ``[*p]`` of parameter ``name`` over all samples and some columns, for who needs no more of V."""
-
-    name: str
-    values: Tensor
-
-    def sum_squares(self) -> Tensor:
-        """Themselves."""
-        return self.values
+from bncurv.truncation import TruncatedDirections
 
 
 class Engine:
     """Pulls columns back through one recorded forward pass.
 
     Args:
-        output: the model's output ``[N, ...]`` on its graph.
-        wanted: parameters by name.
+        batch: the recorded forward pass.
         method: ``"auto"``, ``"coupled"`` or ``"dense"``.
         columns: total number of columns per sample that will be asked for; informs ``"auto"``.
         chunk_size: most vectors (cotangents of the batch, rows of V) held at once; ``None`` chooses by bytes.
@@ -111,7 +54,7 @@ class Engine:
 
     Attributes:
         way: ``"coupled"`` or ``"dense"``.
-        passes: backward passes of the whole batch so far.
+        error: with ``tol``, the estimated Frobenius norm of what was dropped from V, by parameter name.
 
     Raises:
         RuntimeError: with ``method="coupled"`` if samples are mixed by something that is not a known coupling.
@@ -119,8 +62,7 @@ class Engine:
 
     def __init__(
         self,
-        output: Tensor,
-        wanted: dict[str, Tensor],
+        batch: Batch,
         method: str = "auto",
         columns: int = 1,
         chunk_size: int | None = None,
@@ -129,29 +71,31 @@ class Engine:
         keep_own: bool = False,
         squares: Collection[str] = (),
     ) -> None:
-        self.output, self.wanted, self.passes, self._tick = output, wanted, 0, tick
-        self.samples = output.shape[0]
-        self.chunk_size, self.keep_own, self.squares = chunk_size, keep_own, squares
-        self.trace: Trace = trace(output, wanted.values())
-        self.products = Products(self.trace, wanted, self.samples, keep=not chunk_size)
-        self.structure = Structure(self.trace, {name: self.products.sites(name) for name in wanted})
-        self._columns = columns
-        if not (keep_own or tol):  # these need the own part and the mean's directions as such
-            self.products.centred |= self.structure.sole
-        self.costs = Costs(self, columns)
-        self._tol = tol
+        self.output, self.wanted, self.trace = batch.output, dict(batch.parameters), batch.trace
+        self.samples = batch.samples
+        self._keep_own, self._squares, self._columns, self._tol = keep_own, squares, columns, tol
+        self.structure = Structure(self.trace, self.wanted)
+        centred = () if keep_own or tol else self.structure.sole  # these need the own part and the mean's directions
+        self.products = Products(self.trace, self.structure, self.wanted, self.samples, centred, keep=not chunk_size)
+        self.costs = Costs(self.trace, self.structure, self.products, columns, bool(squares), chunk_size)
+        self._passes = Passes(self.output, self.trace, self.structure, tick)
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
         self._slow = self._without_product()
         self.way = self._choose(method)
+
+    @property
+    def passes(self) -> int:
+        """Backward passes of the whole batch so far."""
+        return self._passes.count
 
     # ---------------------------------------------------------------- which way
     def _without_product(self) -> list[str]:
         """Parameters that must go the dense way: used outside the table, or in a layer with no sample axis."""
         loose = {id(p) for p in self.trace.loose}
         slow = [name for name, p in self.wanted.items() if id(p) in loose]
-        for name in self.products.uses:
-            if any(self.trace.sites[j].call.output[0] % self.samples for j in self.products.sites(name)):
+        for name in self.structure.uses:
+            if any(self.trace.sites[j].call.output[0] % self.samples for j in self.structure.sites(name)):
                 slow.append(name)
         return slow
 
@@ -159,12 +103,10 @@ class Engine:
         if method == "dense":
             return "dense"
         if self._slow and self._columns:
-            warnings.warn(
+            warn_slow(
                 f"No parameter product for {', '.join(map(repr, self._slow))} (used outside the layer table): exact, "
                 "but by one backward pass per component (slow). Leave them out with params=..., or add the layer "
-                "with bncurv.register_layer.",
-                SlowPathWarning,
-                stacklevel=5,  # the caller of `curvature`
+                "with bncurv.register_layer."
             )
         if method == "auto" and (not self._columns or self.costs.dense() <= self.costs.coupled(self._slow)):
             return "dense"
@@ -172,8 +114,7 @@ class Engine:
         if problem and method == "coupled":
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
-            warnings.warn(f"{problem} Taking the dense way: exact, one backward pass per component.", SlowPathWarning,
-                          stacklevel=5)  # fmt: skip
+            warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
         return "dense" if problem else "coupled"
 
     def _mixing(self) -> str | None:
@@ -183,7 +124,7 @@ class Engine:
                     f"the input of '{site.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
-        with closed_gates(self.trace.sites):
+        with self._passes.closed():
             watched = sorted({*self.structure.calls_in(-1), *self.structure.couplings})
             return find_mixing(self.output, self.trace, watched, self.samples)
 
@@ -196,45 +137,22 @@ class Engine:
         directions = sum(self.structure.width[j] for j, below in self.structure.below.items() if below)
         return columns + directions + (self.samples * columns if self._slow else 0)
 
-    # ---------------------------------------------------------------- backward passes
-    def vjp(
-        self,
-        outputs: Tensor | GradientEdge | list[Tensor],
-        edges: passes.Ends,
-        cotangents: Tensor | list[Tensor],
-    ) -> list[Tensor | None]:
-        """`passes.vjp`, counted; of one output or of several."""
-        several = [cotangents] if isinstance(cotangents, Tensor) else cotangents
-        count = len(several[0])
-        if not edges or not count:
-            return [None] * len(edges)
-        self.passes += count
-        self._tick(count)
-        return passes.vjp(outputs if isinstance(outputs, list) else [outputs], edges, several)
-
-    def closed_vjp(
-        self, output: Tensor | GradientEdge, sites: list[int], cotangents: Tensor
-    ) -> dict[int, Tensor | None]:
-        """Cotangents at ``sites`` with the statistics held constant, by site."""
-        with closed_gates(self.trace.sites):
-            return dict(zip(sites, self.vjp(output, self.structure.edges(sites), cotangents), strict=True))
-
-    def pull_mixed(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
+    # ---------------------------------------------------------------- the two ways
+    def pull_whole(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""
         names = list(self.wanted) if names is None else names
-        got = self.vjp(self.output, [self.wanted[name] for name in names], cotangents)
+        got = self._passes.vjp(self.output, [self.wanted[name] for name in names], cotangents)
         count = len(cotangents)
         return {n: self.products.zeros(n, count) if g is None else g for n, g in zip(names, got, strict=True)}
 
-    # ---------------------------------------------------------------- the two ways
     @torch.no_grad()
-    def pull(self, sources: Mapping[str, Source | Mixed]) -> Iterator[tuple[str, Rows | Squares]]:
+    def pull(self, sources: Mapping[str, Source | WholeBatch]) -> Iterator[tuple[str, Rows | Squares]]:
         """All rows of V of all sources, in blocks, each with its source's key."""
-        plain = {key: s for key, s in sources.items() if not isinstance(s, Mixed)}
+        plain = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch)}
         for key, source in sources.items():
-            if isinstance(source, Mixed):
-                for q in chunks(len(source.cotangents), self.chunk_size or self.costs.dense_chunk()):
-                    for name, values in self.pull_mixed(source.cotangents[q]).items():
+            if isinstance(source, WholeBatch):
+                for q in chunks(len(source.cotangents), self.costs.dense_chunk()):
+                    for name, values in self.pull_whole(source.cotangents[q]).items():
                         yield key, Rows(name, values[None], slice(0, 1), q)
         coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self._slow]
         for names in self.costs.groups(coupled) if plain else ():
@@ -248,21 +166,21 @@ class Engine:
         """The coupled way for some parameters."""
         directions = self._pull_directions(list(sources.values()), names)
         for key, source in sources.items():
-            for block in self._coupled(source, names, directions, key in self.squares):
+            for block in self._coupled(source, names, directions, key in self._squares):
                 yield key, block
 
     def _pull_directions(self, sources: list[Source], names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
         if self._tol and self.structure.couplings:
-            truncated = TruncatedDirections(self, sources, self._tol, names)
+            truncated = TruncatedDirections(self._passes, self.products, self.costs, sources, self._tol, names)
             self.error |= truncated.error
             return truncated
-        directions = Directions(self, names, self._between)
+        directions = Directions(self._passes, self.products, self.costs, names, self._between)
         self._between = directions.between
         return directions
 
     def _dense(self, source: Source, names: list[str]) -> Iterator[Rows]:
-        size = self.chunk_size or self.costs.dense_chunk()
+        size = self.costs.dense_chunk()
         per_sample = source.columns_per_sample
         for c in chunks(per_sample, size):
             columns = source.columns(c)
@@ -273,20 +191,20 @@ class Engine:
                 spread = columns.new_zeros(len(index), *columns.shape)
                 spread[torch.arange(len(index)), :, index] = columns[:, index].transpose(0, 1)
                 cotangents, own = spread.flatten(0, 1), {}
-                if self.keep_own:
-                    with closed_gates(self.trace.sites, sums=True):
-                        held = self.pull_mixed(cotangents, names)
+                if self._keep_own:
+                    with self._passes.closed(sums=True):
+                        held = self.pull_whole(cotangents, names)
                     own = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
-                for name, rows in self.pull_mixed(cotangents, names).items():
+                for name, rows in self.pull_whole(cotangents, names).items():
                     yield Rows(name, rows.unflatten(0, (len(index), count)), n, c, own.get(name))
 
     def _coupled(
         self, source: Source, names: list[str], directions: Directions | TruncatedDirections, squares: bool
     ) -> Iterator[Rows | Squares]:
-        sites = sorted({*(j for name in names for j in self.products.sites(name)), *self.structure.couplings})
-        for c in chunks(source.columns_per_sample, self.chunk_size or self.costs.column_chunk(names)):
+        sites = sorted({*(j for name in names for j in self.structure.sites(name)), *self.structure.couplings})
+        for c in chunks(source.columns_per_sample, self.costs.column_chunk(names)):
             columns = source.columns(c)
-            delta = self.closed_vjp(self.output, sites, columns)
+            delta = self._passes.closed_vjp(self.output, sites, columns)
             directions.read(delta, len(columns))
             for name in names:
                 correction = directions.correction(name)
@@ -301,10 +219,9 @@ class Engine:
         self, name: str, delta: dict[int, Tensor | None], c: slice, correction: Correction, squares: bool
     ) -> Iterator[Rows | Squares]:
         count = c.stop - c.start
-        size = max(1, self.chunk_size // count) if self.chunk_size else self.costs.row_chunk(name, count)
-        for n in chunks(self.samples, size):
+        for n in chunks(self.samples, self.costs.row_chunk(name, count)):
             rows = self.products.own(name, delta, n, count)
-            own = torch.linalg.vector_norm(rows).square() if self.keep_own else None
+            own = torch.linalg.vector_norm(rows).square() if self._keep_own else None
             correction.add_to(rows, n)  # V[k] = own[k] + Σ_q A[q, k] P[q]
             if squares:
                 yield Squares(name, rows.square_().sum((0, 1)))

@@ -8,10 +8,7 @@ context and stores the results on the parameters.
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import backpack as backpack_package
@@ -20,14 +17,16 @@ from backpack.context import CTX
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bncurv.api import check_output, check_quantities, compute
-from bncurv.engine import SlowPathWarning
-from bncurv.foreign import resting_hooks, set_aside
-from bncurv.graph import behind
+from bncurv.batch import compute
+from bncurv.blocks import Batch
+from bncurv.checks import check_output, check_quantities
+from bncurv.graph import behind, trace
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import LOSSES, find_loss
 from bncurv.quantities import Quantity
 from bncurv.record import MODEL, Recorder, metadata
+from bncurv.slow import warn_slow
+from bncurv.untouched import grads_kept, resting_hooks, set_aside
 
 _ATTRIBUTE = "_bncurv_hooks"
 
@@ -149,8 +148,6 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     if not quantities:
         return
     check_quantities(quantities)
-    for q in quantities:
-        q.begin(graph_survives=False)
     models, retained = behind(output)
     _check_models(models, type(loss_fn).__name__, type(quantities[0]).__name__)
     wanted = _parameters(models)
@@ -161,16 +158,17 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     if retained:
         _warn_of_single_passes(retained, type(quantities[0]).__name__)
     unhooked = {name: p for name, p in wanted.items() if not p._backward_hooks}  # .grad is what a hook makes of it
-    with set_aside(wanted.values()), _grads_kept(retained), torch.enable_grad():
+    with set_aside(wanted.values()), grads_kept(retained), torch.enable_grad():
         at_batch = LossAtBatch(loss_fn, output, target, float(g))
         leaf = output.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_fn.forward(leaf, target), leaf, g)  # in the loss' own dtype, to the bit
         _expect_gradient(loss_fn, output, gradient, unhooked, quantities)
         with tqdm(disable=True) as bar:
-            fields, _ = compute(output, at_batch, wanted, quantities, "auto", 1 if retained else None, bar)
+            batch = Batch(output, at_batch, wanted, trace(output, wanted.values()), graph_survives=False)
+            parts, _ = compute(batch, quantities, bar, chunk_size=1 if retained else None)
     for q in quantities:
         q.runs += 1
-        q.deliver(fields[q.field], wanted)
+        q.deliver(q.fields(parts[q.field]), wanted)
 
 
 def _check_models(models: list[nn.Module], loss: str, quantity: str) -> None:
@@ -207,23 +205,10 @@ def _parameters(models: list[nn.Module]) -> dict[str, Tensor]:
 
 def _warn_of_single_passes(retained: list[Tensor], quantity: str) -> None:
     shapes = ", ".join(str(tuple(t.shape)) for t in retained)
-    warnings.warn(
+    warn_slow(
         f"retain_grad() was called on tensor(s) of shape {shapes} in the model, so the backward passes for {quantity} "
-        "go one by one: exact, but slow. Leave it out, or use bncurv.curvature.",
-        SlowPathWarning,
-        stacklevel=3,
+        "go one by one: exact, but slow. Leave it out, or use bncurv.curvature."
     )
-
-
-@contextmanager
-def _grads_kept(tensors: list[Tensor]) -> Iterator[None]:
-    """Give tensors with ``retain_grad()`` the gradients back that they had before our passes."""
-    before = [(t, t.grad) for t in tensors]
-    try:
-        yield
-    finally:
-        for t, grad in before:
-            t.grad = grad
 
 
 def _expect_gradient(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from bncurv.gate import Coupling
 from bncurv.record import MARK, MODEL, RETAINED, Call, Mark, edges_below, metadata
-from bncurv.statistics import Coupling
 
 
 @dataclass

@@ -283,7 +283,7 @@ class BatchNormEval(Affine):
     arguments = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
     def accepts(self, arguments):
-        return not arguments.get("training", False)  # training: statistics.py
+        return not arguments.get("training", False)  # training: batchnorm.py
 
     def normalised(self, arguments, x):
         eps = arguments.get("eps", 1e-5)

@@ -108,6 +108,22 @@ class LossAtBatch:
         """The symmetric factor S."""
         return Factor((self._factor.blocks * self._scale**0.5).to(self._dtype), self._factor.layout)
 
+    @functools.cached_property
+    def weights(self) -> Tensor | None:
+        """Weights ``[n, c]`` with ∂L/∂F_n = Σ_c w[n, c] s_(n, c), so that g_n = Σ_c w[n, c] V[(n, c)] needs no pass.
+
+        ``None`` where the gradient is not in the range of the factor (a saturated output in finite precision).
+        """
+        blocks = self.factor.blocks.double()  # [n, t, e, j]
+        n, t, e, _ = blocks.shape
+        gradient = self.gradient.reshape(n, e, t).mT.double()[..., None]
+        if blocks.shape[-1] == 0:
+            return None
+        weights = torch.linalg.lstsq(blocks, gradient).solution
+        error = (blocks @ weights - gradient).norm()
+        good = error <= 1e3 * torch.finfo(self._dtype).eps * gradient.norm() and bool(weights.isfinite().all())
+        return weights.reshape(n, -1).to(self._dtype) if good else None
+
     def columns(self, c: slice) -> Tensor:
         """The gradient as a column, ``[1, n, *output]``."""
         return self.gradient[None][c]

@@ -17,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from bncurv.costs import chunks
+from bncurv.budget import chunks
 
 Vector = Tensor | Mapping[str, Tensor]
 LANCZOS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # ‖G e - λ e‖ / λ; the eigenvalue's error is its square

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bncurv.engine import Mixed, Rows, Source
-from bncurv.loss_at_batch import LossAtBatch
+from bncurv.blocks import Batch, Rows, Source, WholeBatch
+from bncurv.budget import SMALL_BYTES
 from bncurv.lowrank import LowRank
 from bncurv.operator import BatchOperator, MatrixFreeGGN
-from bncurv.quantities import Parameters, Quantity
+from bncurv.quantities import Parameters, Quantity, combine
 
-SMALL_BYTES = 32 * 2**20  # V of this size is cheaper than working through the graph
+
+class _Collected(NamedTuple):
+    """State of a mini-batch: its operator; or weights of V's rows in g_n, where known, and blocks by source."""
+
+    operator: BatchOperator | None
+    weights: Tensor | None = None
+    blocks: Mapping[str, dict[str, Tensor]] = {}
+
+
+class _Operators(NamedTuple):
+    """G = Σ share · operator."""
+
+    operators: list[BatchOperator]
+    shares: list[float]
+
+
+class _Factor(NamedTuple):
+    """Rows of V and per-component gradients by parameter name."""
+
+    rows: dict[str, Tensor]
+    gradients: Mapping[str, Tensor]
 
 
 class LowRankGGN(Quantity):
@@ -53,8 +73,7 @@ class LowRankGGN(Quantity):
                 "matrix_free=True needs top=k, and has no groups; pass LowRankGGN(top=10, matrix_free=True)."
             )
         self.top, self.groups, self.memory, self.matrix_free = top, groups, memory, matrix_free
-        self._free: bool | None = None
-        self._result: Any = None
+        self._result: Any = None  # delivered by BackPACK's gesture
 
     @property
     def result(self) -> Any:
@@ -66,69 +85,81 @@ class LowRankGGN(Quantity):
             )
         return self._result
 
-    def begin(self, graph_survives: bool) -> None:
-        """Decide as far as possible whether to work matrix-free; the first mini-batch's size decides the rest."""
-        able = self.top is not None and self.groups is None and graph_survives
-        self._free = self.matrix_free if self.matrix_free is not None or able else False
-
-    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
+    def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """The factor; the gradient too where it is no combination of the factor's columns; nothing if matrix-free."""
-        entries = sum(p.numel() * p.element_size() for p in parameters.values())
-        need = entries * len(output) * (at_batch.factor.columns_per_sample + 1)
-        if self._free is None:
-            self._free = need > SMALL_BYTES
-        if not self._free and need > self.memory:
+        if self._works_free(batch):
+            return {}
+        sources = super().sources(batch)
+        return sources if batch.loss.weights is None else {"factor": sources["factor"]}
+
+    def _works_free(self, batch: Batch) -> bool:
+        """Whether to work matrix-free: decided by the first mini-batch. Refuses a V that does not fit."""
+        factor = batch.loss.factor
+        need = sum(p.numel() * p.element_size() for p in batch.parameters.values())
+        need *= batch.samples * (factor.columns_per_sample + 1)
+        free = self.matrix_free
+        if free and not batch.graph_survives:
             raise ValueError(
-                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={len(output)}, {at_batch.factor.columns_per_sample} "
-                f"columns per sample, {sum(p.numel() for p in parameters.values())} parameters), more than "
+                "LowRankGGN(matrix_free=True) needs the network's graph, which backward() frees; use "
+                "bncurv.curvature(...), or matrix_free=False inside 'with backpack(...)'."
+            )
+        if free is None:
+            able = self.top is not None and self.groups is None and batch.graph_survives
+            free = batch.memo.setdefault(self.field, able and need > SMALL_BYTES)
+        if not free and need > self.memory:
+            raise ValueError(
+                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={batch.samples}, {factor.columns_per_sample} "
+                f"columns per sample, {sum(p.numel() for p in batch.parameters.values())} parameters), more than "
                 f"memory={self.memory / 2**30:.1f} GiB. Use LowRankGGN(top=k, matrix_free=True), fewer samples or "
                 "parameters (params=...), or raise memory=."
             )
-        self._weights = None if self._free else gradient_weights(at_batch)
-        self._operator = BatchOperator(output, at_batch, parameters) if self._free else None
-        if self._free:
-            return {}
-        sources = super().sources(at_batch, output, parameters)
-        return sources if self._weights is None else {"factor": sources["factor"]}
+        return bool(free)
 
-    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
-        """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``."""
-        keys = [] if self._free else ["factor"] if self._weights is not None else list(self.pulls)
-        return {
-            key: {
-                n: torch.empty((samples, columns[key], *p.shape), dtype=p.dtype, device=p.device)
-                for n, p in parameters.items()
+    def start(self, batch: Batch) -> _Collected:
+        """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``; or the operator of the mini-batch."""
+        if self._works_free(batch):
+            return _Collected(BatchOperator(batch.output, batch.loss, dict(batch.parameters)))
+        V, gradients = (
+            {
+                name: torch.empty((batch.samples, count, *p.shape), dtype=p.dtype, device=p.device)
+                for name, p in batch.parameters.items()
             }
-            for key in keys
-        }
+            for count in (batch.loss.factor.columns_per_sample, 1 if batch.loss.weights is None else 0)
+        )
+        return _Collected(None, batch.loss.weights, {"factor": V, "gradient": gradients})
 
-    def add(self, state: Any, key: str, rows: Rows) -> None:
+    def add(self, state: _Collected, key: str, rows: Rows) -> None:
         """V[k] and g_n."""
-        state[key][rows.name][rows.n, rows.c] = rows.values
+        state.blocks[key][rows.name][rows.n, rows.c] = rows.values
 
-    def finish(self, state: Any) -> dict[str, Any]:
-        """Rows of V (or the operator), and the per-component gradients; `merge` makes the result of them."""
-        operator, self._operator = self._operator, None
-        if operator is not None:
-            return {self.field: (operator, {})}
+    def finish(self, state: _Collected) -> _Operators | _Factor:
+        """The operator; or rows of V and the per-component gradients."""
+        if state.operator is not None:
+            return _Operators([state.operator], [1.0])
         gradients: Mapping[str, Tensor]
-        if self._weights is None:
-            gradients = {name: g[:, 0] for name, g in state["gradient"].items()}
+        if state.weights is None:
+            gradients = {name: g[:, 0] for name, g in state.blocks["gradient"].items()}
         else:
-            gradients = WeightedRows(self._weights, state["factor"])
-        return {self.field: ({name: v.flatten(0, 1) for name, v in state["factor"].items()}, gradients)}
+            gradients = WeightedRows(state.weights, state.blocks["factor"])
+        return _Factor({name: v.flatten(0, 1) for name, v in state.blocks["factor"].items()}, gradients)
 
-    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Mean of GGNs: rows of V concatenated and divided by √B, gradients by B."""
-        count, (rows, gradients) = len(batches), zip(*(b[self.field] for b in batches), strict=True)
-        if isinstance(rows[0], BatchOperator):
+    def merge(self, parts: Sequence[Any], shares: Sequence[float]) -> _Operators | _Factor:
+        """Σ_b share_b G_b: rows of V concatenated times √share, gradients times their share."""
+        if isinstance(parts[0], _Operators):
+            return _Operators(
+                [op for part in parts for op in part.operators],
+                [share * s for part, share in zip(parts, shares, strict=True) for s in part.shares],
+            )
+        rows = combine([part.rows for part in parts], [share**0.5 for share in shares], 0)
+        gradients = [{name: part.gradients[name] for name in rows} for part in parts]
+        return _Factor(rows, combine(gradients, shares, 0))
+
+    def fields(self, part: Any) -> dict[str, Any]:
+        """`LowRank`, one per group where there are groups, or `MatrixFreeGGN`."""
+        if isinstance(part, _Operators):
             assert self.top is not None  # matrix-free only with top
-            return {self.field: MatrixFreeGGN(list(rows), self.top)}
-        if count == 1:
-            return {self.field: self._assemble(rows[0], gradients[0])}
-        scaled = {n: torch.cat([r[n] for r in rows]) * count**-0.5 for n in rows[0]}
-        mean = {n: torch.cat([g[n] for g in gradients]) / count for n in rows[0]}
-        return {self.field: self._assemble(scaled, mean)}
+            return {self.field: MatrixFreeGGN(part.operators, self.top, part.shares)}
+        return {self.field: self._assemble(part.rows, part.gradients)}
 
     def _assemble(self, rows: dict[str, Tensor], gradients: Mapping[str, Tensor]) -> Any:
         if self.groups is None:
@@ -147,12 +178,7 @@ class LowRankGGN(Quantity):
 
     def deliver(self, fields: dict[str, Any], parameters: Parameters) -> None:
         """Keep the result on this object."""
-        if isinstance(fields[self.field][0], BatchOperator):
-            raise ValueError(
-                "LowRankGGN(matrix_free=True) needs the network's graph, which backward() frees; use "
-                "bncurv.curvature(...), or matrix_free=False inside 'with backpack(...)'."
-            )
-        self._result = self.merge([fields])[self.field]
+        self._result = fields[self.field]
 
     def withdraw(self, parameters: Parameters) -> None:
         """Forget it."""
@@ -173,19 +199,3 @@ class WeightedRows(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._rows)
-
-
-def gradient_weights(at_batch: LossAtBatch) -> Tensor | None:
-    """Weights ``[n, c]`` with ∂L/∂F_n = Σ_c w[n, c] s_(n, c), so that g_n = Σ_c w[n, c] V[(n, c)] needs no pass.
-
-    ``None`` where the gradient is not in the range of the factor (a saturated output in finite precision).
-    """
-    blocks = at_batch.factor.blocks.double()  # [n, t, e, j]
-    n, t, e, _ = blocks.shape
-    gradient = at_batch.gradient.reshape(n, e, t).mT.double()[..., None]
-    if blocks.shape[-1] == 0:
-        return None
-    weights = torch.linalg.lstsq(blocks, gradient).solution
-    error = (blocks @ weights - gradient).norm()
-    good = error <= 1e3 * torch.finfo(at_batch.gradient.dtype).eps * gradient.norm() and bool(weights.isfinite().all())
-    return weights.reshape(n, -1).to(at_batch.gradient.dtype) if good else None

@@ -8,7 +8,7 @@ stays alive as long as the operator does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,12 +65,12 @@ class MatrixFreeGGN(LowRank):
     What needs the whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
 
     Args:
-        operators: one per mini-batch; G is their mean.
+        operators: one per mini-batch; G = Σ share · operator.
         top: number of eigenpairs, by scipy's implicitly restarted Lanczos (`LANCZOS_TOLERANCE`).
     """
 
-    def __init__(self, operators: list[BatchOperator], top: int) -> None:
-        self._operators = operators
+    def __init__(self, operators: list[BatchOperator], top: int, shares: Sequence[float] = (1.0,)) -> None:
+        self._operators, self._shares = operators, shares
         parameters = operators[0].parameters
         super().__init__({name: p.detach()[None][:0] for name, p in parameters.items()}, {}, top)
         if top >= self.dim:
@@ -86,14 +86,17 @@ class MatrixFreeGGN(LowRank):
     def _product(self, v: Tensor) -> Tensor:
         if v.dim() > 1:
             return torch.stack([self._product(c) for c in v.T], 1)
-        total = functools.reduce(torch.add, (op @ v for op in self._operators))
-        return total / len(self._operators) if self._operators[1:] else total
+        parts = [op @ v if share == 1 else share * (op @ v) for op, share in self._weighted]
+        return functools.reduce(torch.add, parts)
+
+    @property
+    def _weighted(self) -> Iterator[tuple[BatchOperator, float]]:
+        return zip(self._operators, self._shares, strict=True)
 
     @property
     def gradient(self) -> Tensor:
         """Gradient of the loss, flat ``[D]``."""
-        parts = [op.vjp(op.at_batch.gradient) for op in self._operators]
-        return torch.stack(parts).mean(0)
+        return functools.reduce(torch.add, (share * op.vjp(op.at_batch.gradient) for op, share in self._weighted))
 
     def slopes(self, k: int | None = None) -> Tensor:
         """γ[n, d] = g_n · e_d = ∂L/∂F_n · (J e_d)_n, ``[N, k]``."""
@@ -105,8 +108,8 @@ class MatrixFreeGGN(LowRank):
 
     def _along(self, k: int | None, f: Callable[[BatchOperator, Tensor], Tensor]) -> Tensor:
         directions = self.unit_vectors(k).T
-        rows = [torch.stack([f(op, op.jvp(e)) for e in directions], 1) for op in self._operators]
-        return torch.cat(rows) / len(self._operators)
+        rows = [share * torch.stack([f(op, op.jvp(e)) for e in directions], 1) for op, share in self._weighted]
+        return torch.cat(rows)
 
     def residuals(self, k: int | None = None) -> Tensor:
         """‖G e - λ e‖ of the leading eigenpairs, with the whole G."""

@@ -5,16 +5,17 @@ Letters: heads of ``engine.py`` and ``layers.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from bncurv.costs import RIGHT_BYTES, ROW_BYTES, chunks
-from bncurv.directions import Correction
+from bncurv.blocks import Correction
+from bncurv.budget import RIGHT_BYTES, ROW_BYTES, chunks
 from bncurv.graph import Trace
 from bncurv.layers import Layer, Product
 from bncurv.squares import sum_squares
+from bncurv.structure import Structure
 
 
 class Products:
@@ -22,42 +23,35 @@ class Products:
 
     Args:
         trace: the traced graph.
+        structure: its structure.
         wanted: parameters by name.
         samples: N.
         centred: sites that nothing but the BatchNorm directly behind takes up. They feel their input less its batch
             mean only: for z = W x the mean's part of the coupling makes Σ_s δ_s x_s to Σ_s δ_s (x_s - x̄). Centring x
             does it for nothing, and what cancels (a bias, a constant feature) is never formed.
         keep: whether operands made from the layers' inputs are kept for the next use.
-
-    Attributes:
-        uses: parameter name → the (site, role) pairs that use it; parameters used elsewhere have none.
     """
 
     def __init__(
-        self, trace: Trace, wanted: dict[str, Tensor], samples: int, centred: Iterable[int] = (), keep: bool = True
+        self,
+        trace: Trace,
+        structure: Structure,
+        wanted: Mapping[str, Tensor],
+        samples: int,
+        centred: Collection[int] = (),
+        keep: bool = True,
     ) -> None:
-        self._trace, self._wanted, self._samples = trace, wanted, samples
-        self.centred = set(centred)
+        self._trace, self.wanted, self.samples = trace, wanted, samples
+        self.uses, self.centred = structure.uses, centred
         self._room = RIGHT_BYTES if keep else 0
         self._rights: dict[tuple[int, str], Tensor] = {}
         self._first: dict[tuple[int, str], Tensor | None] = {}
         self._kept: dict[tuple[int, str], bool] = {}
         self._means: dict[tuple[int, str], Tensor] = {}
-        names = {id(p): name for name, p in wanted.items()}
-        loose = {id(p) for p in trace.loose}
-        self.uses: dict[str, list[tuple[int, str]]] = {}
-        for j, site in enumerate(trace.sites):
-            for role, p in site.call.parameters if site.mark.call else ():
-                if id(p) in names and id(p) not in loose:
-                    self.uses.setdefault(names[id(p)], []).append((j, role))
-
-    def sites(self, name: str) -> set[int]:
-        """Sites that use a parameter."""
-        return {j for j, _ in self.uses.get(name, ())}
 
     def zeros(self, name: str, *lead: int) -> Tensor:
         """Zero rows ``[*lead, *p]`` of a parameter."""
-        return self._wanted[name].new_zeros((*lead, *self._wanted[name].shape))
+        return self.wanted[name].new_zeros((*lead, *self.wanted[name].shape))
 
     def vanishes(self, name: str) -> bool:
         """Whether all rows of a parameter are zero: a bias whose BatchNorm takes it off again."""
@@ -128,7 +122,7 @@ class Products:
             name: the parameter.
             delta: cotangents by site.
             count: q.
-            sums: by site, the sums of a BatchNorm where they are known (`BatchNormCoupling.sums`).
+            sums: by site, what a coupled layer's own parameters receive, where known (`Coupling.summed`).
         """
         total = None
         for j, role in self.uses[name]:
@@ -151,7 +145,7 @@ class Products:
 
     def _own_at(self, j: int, role: str, delta: Tensor, n: slice) -> Tensor:
         call = self._trace.sites[j].call
-        t = call.output[0] // self._samples  # rows of the layer's input per sample
+        t = call.output[0] // self.samples  # rows of the layer's input per sample
         # operands that are not kept are made piece by piece, in cache
         piece = n.stop - n.start if self._keep(j, role) else max(1, ROW_BYTES // max(1, self._size(j, role) * t))
         parts = []
@@ -187,7 +181,7 @@ class Products:
             return False
         call = self._trace.sites[uses[0][0]].call
         right = self._one_row(*uses[0])
-        outer = right is not None and right.shape[:3] == (1, 1, 1) and call.output[0] == self._samples
+        outer = right is not None and right.shape[:3] == (1, 1, 1) and call.output[0] == self.samples
         return outer and type(call.layer).unfold is Layer.unfold
 
     def sum_squares(self, name: str, delta: dict[int, Tensor | None], count: int, correction: Correction) -> Tensor:
@@ -197,4 +191,4 @@ class Products:
         assert right is not None
         d = right.new_zeros(count, *call.output) if d is None else d
         left = call.layer.left(role, call.arguments, d)[:, :, 0, :, 0]
-        return sum_squares(left, right[0, :, 0], correction).view_as(self._wanted[name])
+        return sum_squares(left, right[0, :, 0], correction).view_as(self.wanted[name])

@@ -1,21 +1,29 @@
 """What each quantity makes of V, block by block. One class per quantity.
 
-A quantity is a specification (and, by `BackpropExtension`, something that BackPACK's context manager accepts): which
-columns it wants pulled back (`sources`), what it does with a block of V (`add`), what it hands out (`finish`), and how
-mini-batches combine (`merge`). Scales: what the loss' reduction puts into the gradient and into S (``engine.py``).
+A quantity is a specification (and, by `BackpropExtension`, something that BackPACK's context manager accepts) and keeps
+nothing of a run:
+
+    sources(batch)          the columns it wants pulled back
+    start(batch) → state    empty, for one mini-batch
+    add(state, key, rows)   what it does with a block of V
+    finish(state) → part    what is left of a mini-batch
+    merge(parts, shares)    how mini-batches combine, in any order of brackets: the loss is Σ_b share_b L_b
+    fields(part)            what the user gets, by field name
+
+Scales: what the loss' reduction puts into the gradient and into S (``engine.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
-from bncurv.engine import Mixed, Rows, Source, Squares
-from bncurv.loss_at_batch import LossAtBatch
+from bncurv.blocks import Batch, Rows, Source, Squares, WholeBatch
 
 Result = dict[str, Tensor]
 Parameters = Mapping[str, Tensor]
@@ -28,6 +36,7 @@ class Quantity(BackpropExtension):
         field: attribute of parameters and of `Results` that receives the result.
         pulls: the columns pulled back, of ``"gradient"`` (∂L/∂F, one per sample) and ``"factor"`` (S).
         per_component: whether the result's leading axis is the sample; mini-batches are then concatenated.
+        degree: power of the loss' scale in the result; mini-batches combine with shares to this power.
         coupled_only: whether the coupled way must be taken.
         squares_only: whether `add` asks a block for ``sum_squares()`` alone; blocks may then be `Squares`, which are
             cheaper.
@@ -36,6 +45,7 @@ class Quantity(BackpropExtension):
     field: ClassVar[str]
     pulls: ClassVar[tuple[str, ...]] = ("factor",)
     per_component: ClassVar[bool] = False
+    degree: ClassVar[float] = 1
     coupled_only: ClassVar[bool] = False
     squares_only: ClassVar[bool] = False
 
@@ -50,40 +60,29 @@ class Quantity(BackpropExtension):
     def __call__(self, module: nn.Module, g_inp: Any, g_out: Any) -> None:
         """BackPACK runs this on each of its extended modules; our work happens at the loss (``extension.py``)."""
 
-    def begin(self, graph_survives: bool) -> None:
-        """Called once before the mini-batches of a call; ``graph_survives``: whether their graphs outlive it."""
-
-    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
+    def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""
-        return {key: at_batch if key == "gradient" else at_batch.factor for key in self.pulls}
+        return {key: batch.loss if key == "gradient" else batch.loss.factor for key in self.pulls}
 
-    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
-        """Empty state for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component.
-
-        Args:
-            parameters: parameters by name.
-            samples: N.
-            columns: columns per sample of each source.
-        """
-        return zeros(parameters, *((samples,) if self.per_component else ()))
+    def start(self, batch: Batch) -> Any:
+        """Empty state for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component."""
+        return zeros(batch.parameters, *((batch.samples,) if self.per_component else ()))
 
     def add(self, state: Any, key: str, rows: Any) -> None:
         """Put one block of V (`Rows`; with ``squares_only`` also `Squares`), of the source ``key``, into the state."""
         raise NotImplementedError
 
-    def finish(self, state: Any) -> dict[str, Any]:
-        """Field name → result of one mini-batch."""
-        return {self.field: state}
+    def finish(self, state: Any) -> Any:
+        """What is left of one mini-batch: the state itself, ``{parameter name: tensor}``."""
+        return state
 
-    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Average of mini-batch results; per-component ones are concatenated and divided by their number."""
-        if len(batches) == 1:
-            return batches[0]
-        combine = torch.cat if self.per_component else sum
-        return {
-            field: {name: combine([b[field][name] for b in batches]) / len(batches) for name in batches[0][field]}
-            for field in batches[0]
-        }
+    def merge(self, parts: Sequence[Any], shares: Sequence[float]) -> Any:
+        """Sum of several mini-batches' parts, or their concatenation per component, each times its share."""
+        return combine(parts, [share**self.degree for share in shares], 0 if self.per_component else None)
+
+    def fields(self, part: Any) -> dict[str, Any]:
+        """Field name → result."""
+        return {self.field: part}
 
     def deliver(self, fields: dict[str, Any], parameters: Parameters) -> None:
         """Store the results where BackPACK's users look for them: ``parameter.<field>``."""
@@ -101,6 +100,14 @@ class Quantity(BackpropExtension):
 def zeros(parameters: Parameters, *lead: int) -> Result:
     """Zeros ``[*lead, *p]`` for every parameter."""
     return {name: torch.zeros((*lead, *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+
+
+def combine(parts: Sequence[Result], factors: Sequence[float], axis: int | None = None) -> Result:
+    """Weighted sum of results, or their concatenation along an axis, by parameter name."""
+    if len(parts) == 1 and factors[0] == 1:
+        return parts[0]
+    scaled = {name: [f * part[name] for f, part in zip(factors, parts, strict=True)] for name in parts[0]}
+    return {name: sum(ts[1:], ts[0]) if axis is None else torch.cat(ts, axis) for name, ts in scaled.items()}
 
 
 def _squares(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
@@ -131,19 +138,15 @@ class ComponentL2Grad(Quantity):
     field = "l2_component"
     pulls = ("gradient",)
     per_component = True
+    degree = 2
 
-    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Result:
+    def start(self, batch: Batch) -> Result:
         """Zeros ``[N]``."""
-        return {name: torch.zeros(samples, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+        return {name: p.new_zeros(batch.samples) for name, p in batch.parameters.items()}
 
     def add(self, state: Result, key: str, rows: Rows) -> None:
         """‖g_n‖²."""
         state[rows.name][rows.n] = _squares(rows.values.flatten(1), 1)
-
-    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Concatenated; g_n carries 1/B over B mini-batches, its square 1/B²."""
-        merged = super().merge(batches)
-        return {f: {n: t / len(batches) for n, t in result.items()} for f, result in merged.items()}
 
 
 class SumComponentGradSquared(Quantity):
@@ -151,11 +154,30 @@ class SumComponentGradSquared(Quantity):
 
     field = "sum_grad_squared"
     pulls = ("gradient",)
+    degree = 2
     squares_only = True
 
     def add(self, state: Result, key: str, rows: Rows | Squares) -> None:
         """Σ_n g_n²."""
         state[rows.name] += rows.sum_squares()
+
+
+class Moments(NamedTuple):
+    """Number, mean and sum of squared deviations of values ``[*p]``."""
+
+    number: int
+    mean: Tensor
+    spread: Tensor
+
+    def joined(self, other: Moments) -> Moments:
+        """Those of both groups together (Chan, Golub & LeVeque 1983)."""
+        number, shift = self.number + other.number, other.mean - self.mean
+        spread = self.spread + other.spread + shift**2 * (self.number * other.number / number)
+        return Moments(number, self.mean + shift * (other.number / number), spread)
+
+    def times(self, scale: float) -> Moments:
+        """Those of the values times a number."""
+        return Moments(self.number, self.mean * scale, self.spread * scale**2)
 
 
 class ComponentVariance(Quantity):
@@ -169,22 +191,24 @@ class ComponentVariance(Quantity):
     field = "variance"
     pulls = ("gradient",)
 
-    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
-        """Per parameter: count, mean, sum of squared deviations."""
-        return {name: [0, mean, torch.zeros_like(mean)] for name, mean in zeros(parameters).items()}
+    def start(self, batch: Batch) -> dict[str, Moments]:
+        """No values yet."""
+        return {name: Moments(0, mean, torch.zeros_like(mean)) for name, mean in zeros(batch.parameters).items()}
 
-    def add(self, state: Any, key: str, rows: Rows) -> None:
-        """Merge two groups' moments (Chan, Golub & LeVeque 1983)."""
-        count, mean, spread = state[rows.name]
-        more = len(rows.values)
+    def add(self, state: dict[str, Moments], key: str, rows: Rows) -> None:
+        """Join the moments of another block."""
         new = rows.values.mean((0, 1))
-        shift = new - mean
-        spread = spread + _squares(rows.values - new, (0, 1)) + shift**2 * (count * more / (count + more))
-        state[rows.name] = [count + more, mean + shift * (more / (count + more)), spread]
+        block = Moments(len(rows.values), new, _squares(rows.values - new, (0, 1)))
+        state[rows.name] = state[rows.name].joined(block)
 
-    def finish(self, state: Any) -> dict[str, Any]:
-        """Divide by N."""
-        return {self.field: {name: spread / count for name, (count, _, spread) in state.items()}}
+    def merge(self, parts: Sequence[dict[str, Moments]], shares: Sequence[float]) -> dict[str, Moments]:
+        """Moments of all components together, each times its mini-batch's share."""
+        scaled = [{name: m.times(share) for name, m in part.items()} for part, share in zip(parts, shares, strict=True)]
+        return functools.reduce(lambda a, b: {name: a[name].joined(b[name]) for name in a}, scaled)
+
+    def fields(self, part: dict[str, Moments]) -> dict[str, Any]:
+        """Divide by the number of components."""
+        return {self.field: {name: m.spread / m.number for name, m in part.items()}}
 
 
 class DiagGGNExact(Quantity):
@@ -224,24 +248,16 @@ class SqrtGGNExact(Quantity):
     """
 
     field = "sqrt_ggn_exact"
+    degree = 0.5
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
-        """The factor."""
-        self._width = output[0].numel()
-        return super().sources(at_batch, output, parameters)
-
-    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Result:
+    def start(self, batch: Batch) -> Result:
         """Zeros ``[C, N, *p]``."""
-        return zeros(parameters, self._width, samples)
+        return zeros(batch.parameters, batch.output[0].numel(), batch.samples)
 
     def add(self, state: Result, key: str, rows: Rows) -> None:
         """V, columns first."""
         state[rows.name][rows.c, rows.n] = rows.values.transpose(0, 1)
 
-    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Concatenated along the samples and divided by √B, so that V Vᵀ averages over B mini-batches."""
-        scale = len(batches) ** -0.5
-        return {
-            field: {name: torch.cat([b[field][name] for b in batches], 1) * scale for name in batches[0][field]}
-            for field in batches[0]
-        }
+    def merge(self, parts: Sequence[Result], shares: Sequence[float]) -> Result:
+        """Concatenated along the samples, times √share."""
+        return combine(parts, [share**self.degree for share in shares], axis=1)

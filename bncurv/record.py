@@ -23,8 +23,9 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from bncurv.batchnorm import batch_norm
+from bncurv.gate import COUPLED, Coupling, Gates, couple
 from bncurv.layers import LAYERS, BatchNormTrain, Layer
-from bncurv.statistics import COUPLED, Coupling, Gates, batch_norm, couple
 
 MARK = "bncurv"
 MODEL = "bncurv.model"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncurv.engine import Rows
+from bncurv.blocks import Batch, Rows
 from bncurv.quantities import Quantity
 
 
@@ -52,9 +52,9 @@ class CouplingReport(Quantity):
         super().__init__()
         self.result: dict[str, LayerCoupling] = {}
 
-    def start(self, parameters: Mapping[str, Tensor], samples: int, columns: dict[str, int]) -> Any:
+    def start(self, batch: Batch) -> Any:
         """Per parameter: own and full trace, AᵀA, P."""
-        return {name: {"own": 0.0, "full": 0.0, "AA": 0.0, "P": None} for name in parameters}
+        return {name: {"own": 0.0, "full": 0.0, "AA": 0.0, "P": None} for name in batch.parameters}
 
     def add(self, state: Any, key: str, rows: Rows) -> None:
         """Squared norms before and after the correction."""
@@ -68,12 +68,12 @@ class CouplingReport(Quantity):
             sums["AA"] = sums["AA"] + A.T @ A
             sums["P"] = pair[1].double()
 
-    def finish(self, state: Any) -> dict[str, Any]:
+    def finish(self, state: Any) -> dict[str, LayerCoupling]:
         """Parameters of a module together; they share its couplings."""
         layers: dict[str, list[dict[str, Any]]] = {}
         for name, sums in state.items():
             layers.setdefault(name.rpartition(".")[0], []).append(sums)
-        return {self.field: {layer: self._layer(parts) for layer, parts in layers.items()}}
+        return {layer: self._layer(parts) for layer, parts in layers.items()}
 
     def _layer(self, parts: list[dict[str, Any]]) -> LayerCoupling:
         own, full = (float(sum(p[key] for p in parts)) for key in ("own", "full"))
@@ -85,9 +85,9 @@ class CouplingReport(Quantity):
         AA = next(p["AA"] for p in coupled if len(p["P"]) == size)
         return LayerCoupling(own, full, size, AA, sum(P @ P.T for P in flat))
 
-    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    def merge(self, parts: Sequence[dict[str, LayerCoupling]], shares: Sequence[float]) -> dict[str, LayerCoupling]:
         """The first mini-batch's report."""
-        return batches[0]
+        return parts[0]
 
     def deliver(self, fields: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Keep the report on this object."""

@@ -11,15 +11,14 @@ sample's draw reaches all samples, and squaring per sample (as without BatchNorm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bncurv.engine import Mixed, Rows, Source
-from bncurv.loss_at_batch import LossAtBatch
+from bncurv.blocks import Batch, Rows, Source, WholeBatch
 from bncurv.losses import Factor
-from bncurv.quantities import Parameters, Quantity, Result, SqrtGGNExact, _squares, zeros
+from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, combine, zeros
 
 
 class _Sampled(Quantity):
@@ -39,10 +38,10 @@ class _Sampled(Quantity):
             raise ValueError(f"kind={kind!r}; expected 'rademacher' or 'labels'.")
         self.mc_samples, self.kind, self.generator = mc_samples, kind, generator
 
-    def draw(self, at_batch: LossAtBatch) -> Factor:
+    def draw(self, batch: Batch) -> Factor:
         """M random columns per sample."""
-        blocks = at_batch.sample(self.mc_samples, self.kind, self.generator)  # [n, t, e, m]
-        return Factor(blocks, at_batch.factor.layout, joint=True)
+        blocks = batch.loss.sample(self.mc_samples, self.kind, self.generator)  # [n, t, e, m]
+        return Factor(blocks, batch.output.shape, joint=True)
 
 
 class DiagGGNMC(_Sampled):
@@ -54,44 +53,47 @@ class DiagGGNMC(_Sampled):
 
     field = "diag_ggn_mc"
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
+    def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """Whole-batch columns."""
-        return {f"mixed {id(self)}": Mixed(self.draw(at_batch).columns(slice(None)))}
+        return {f"mixed {id(self)}": WholeBatch(self.draw(batch).columns(slice(None)))}
 
-    def start(self, parameters: Parameters, samples: int, columns: dict[str, int]) -> Any:
+    def start(self, batch: Batch) -> tuple[Result, Result]:
         """Sums of squares and of fourth powers."""
-        return zeros(parameters), zeros(parameters)
+        return zeros(batch.parameters), zeros(batch.parameters)
 
-    def add(self, state: Any, key: str, rows: Rows) -> None:
+    def add(self, state: tuple[Result, Result], key: str, rows: Rows) -> None:
         """(Jᵀ t_m)²."""
         squares = rows.values[0].square()
         state[0][rows.name] += squares.sum(0)
         state[1][rows.name] += squares.square_().sum(0)
 
-    def finish(self, state: Any) -> dict[str, Any]:
-        """Mean and standard error of the mean."""
+    def finish(self, state: tuple[Result, Result]) -> tuple[Result, Result]:
+        """Mean, and variance of the mean (none for a single draw)."""
         m = self.mc_samples
         mean = {name: s / m for name, s in state[0].items()}
         if m == 1:
-            return {self.field: mean}
-        error = {n: ((s / m - mean[n] ** 2).clamp(min=0) / (m - 1)).sqrt() for n, s in state[1].items()}
-        return {self.field: mean, f"{self.field}_stderr": error}
+            return mean, {}
+        return mean, {name: (s / m - mean[name] ** 2).clamp(min=0) / (m - 1) for name, s in state[1].items()}
 
-    def merge(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Means average; the standard errors of B independent means combine to √(Σ error²) / B."""
-        merged = super().merge(batches)
-        key = f"{self.field}_stderr"
-        if key in merged and len(batches) > 1:
-            merged[key] = {n: sum(b[key][n] ** 2 for b in batches).sqrt() / len(batches) for n in merged[key]}
-        return merged
+    def merge(self, parts: Sequence[tuple[Result, Result]], shares: Sequence[float]) -> tuple[Result, Result]:
+        """Means add up, and so do the variances of independent draws."""
+        means, variances = zip(*parts, strict=True)
+        return combine(means, shares), combine(variances, [share**2 for share in shares])
+
+    def fields(self, part: tuple[Result, Result]) -> dict[str, Any]:
+        """Estimate and, for more than one draw, its standard error."""
+        mean, variance = part
+        if self.mc_samples == 1:
+            return {self.field: mean}
+        return {self.field: mean, f"{self.field}_stderr": {name: v.sqrt() for name, v in variance.items()}}
 
 
 class _PerComponentSampled(_Sampled):
     """Base: each sample's own draws, pulled back one by one (M passes for the draws, as C for the exact factor)."""
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
+    def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """Per-sample columns, scaled so that V Vᵀ estimates G."""
-        drawn = self.draw(at_batch)
+        drawn = self.draw(batch)
         return {f"sampled {id(self)}": Factor(drawn.blocks * self.mc_samples**-0.5, drawn.layout, joint=True)}
 
 
@@ -114,7 +116,6 @@ class SqrtGGNMC(_PerComponentSampled, SqrtGGNExact):
 
     field = "sqrt_ggn_mc"
 
-    def sources(self, at_batch: LossAtBatch, output: Tensor, parameters: Parameters) -> dict[str, Source | Mixed]:
-        """Per-sample columns."""
-        self._width = self.mc_samples
-        return _PerComponentSampled.sources(self, at_batch, output, parameters)
+    def start(self, batch: Batch) -> Result:
+        """Zeros ``[M, N, *p]``."""
+        return zeros(batch.parameters, self.mc_samples, batch.samples)

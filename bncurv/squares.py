@@ -18,10 +18,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from bncurv.costs import ROW_BYTES, chunks
-from bncurv.directions import Correction
+from bncurv.blocks import Correction
+from bncurv.budget import BLOCK_BYTES, ROW_BYTES, chunks
 
-BLOCK_BYTES = 2**23  # of P at once, or of Σ_c A δ: stays in cache
 # A sum below this part of the squares of its terms is computed again: ulp / KEPT is about 1e-5 and 2e-12
 KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
 

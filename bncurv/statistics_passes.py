@@ -5,18 +5,12 @@ Letters: head of ``engine.py``.
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from bncurv.passes import closed_gates
-from bncurv.statistics import BatchNormCoupling
-
-if TYPE_CHECKING:
-    from bncurv.engine import Engine
+from bncurv.passes import Passes
+from bncurv.products import Products
 
 Pulled = tuple[dict[str, Tensor], dict[int, Tensor]]
 
@@ -25,12 +19,13 @@ class StatisticsPasses:
     """Backward passes that start at batch statistics, those of lower layers held constant.
 
     Args:
-        engine: the engine.
+        passes: passes through the graph.
+        products: parameter products there.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = weakref.proxy(engine)  # no cycle: graphs die with the call
-        self._sites, self._structure, self._products = engine.trace.sites, engine.structure, engine.products
+    def __init__(self, passes: Passes, products: Products) -> None:
+        self._passes, self._products = passes, products
+        self._sites, self._structure = passes.sites, passes.structure
 
     def pull(self, j: int, q: slice, names: list[str]) -> Pulled:
         """Pull the coordinates ``q`` of coupling ``j``'s statistics back to the parameters and statistics below.
@@ -51,8 +46,8 @@ class StatisticsPasses:
         """Where a pass for coordinates of coupling ``j``'s statistics starts, and their cotangents there."""
         coupling, direct = self._sites[j].coupling, self._structure.direct[j]
         index = torch.arange(q.start, q.stop, device=coupling.statistics.device)
-        if direct is not None and isinstance(coupling, BatchNormCoupling):
-            call, (channel, values) = self._sites[direct].call, coupling.own_cotangents_of(index)
+        if direct is not None:
+            call, (channel, values) = self._sites[direct].call, coupling.own_cotangents(index)
             return call.below[0], call.layer.from_channels(call.arguments, values, channel)
         every = torch.arange(self._structure.width[j], device=index.device)
         one_hot = (index[:, None] == every).to(coupling.statistics.dtype)
@@ -60,30 +55,29 @@ class StatisticsPasses:
 
     def _summed_afterwards(self, j: int, output: Tensor | GradientEdge, cotangents: Tensor, names: list[str]) -> Pulled:
         lower = self._structure.lower(j)
-        used = {i for name in names for i in self._products.sites(name)}
+        used = {i for name in names for i in self._structure.sites(name)}
         sites = sorted({*lower, *used.intersection(self._structure.below[j])})
-        delta = self._engine.closed_vjp(output, sites, cotangents)
+        delta = self._passes.closed_vjp(output, sites, cotangents)
         received: dict[int, Tensor] = {}
         sums: dict[int, Tensor] = {}
         for i in lower:
-            c, d = self._sites[i].coupling, delta[i]
-            if d is not None and isinstance(c, BatchNormCoupling):
-                sums[i] = c.sums(d)
-                received[i] = c.from_sums(sums[i])
-            elif d is not None:
-                received[i] = c.summed(d)
+            d = delta[i]
+            if d is not None:
+                received[i], affine = self._sites[i].coupling.summed(d)
+                if affine is not None:
+                    sums[i] = affine
         return {name: self._products.summed(name, delta, len(cotangents), sums) for name in names}, received
 
     def _summed_on_the_way(self, j: int, output: Tensor | GradientEdge, cotangent: Tensor, names: list[str]) -> Pulled:
-        engine, lower = self._engine, {i: self._sites[i].coupling for i in self._structure.lower(j)}
-        ends = [c.handle if isinstance(c, BatchNormCoupling) else self._sites[i].edge for i, c in lower.items()]
-        with closed_gates(self._sites, sums=True):
-            got = engine.vjp(output, [*(engine.wanted[name] for name in names), *ends], cotangent)
+        lower = {i: self._sites[i].coupling for i in self._structure.lower(j)}
+        ends = [self._sites[i].edge if c.handle is None else c.handle for i, c in lower.items()]
+        with self._passes.closed(sums=True):
+            got = self._passes.vjp(output, [*(self._products.wanted[name] for name in names), *ends], cotangent)
         received: dict[int, Tensor] = {}
         means: dict[int, Tensor] = {}  # what a BatchNorm's mean receives, by the site directly below
         for (i, c), g in zip(lower.items(), got[len(names) :], strict=True):
             if g is not None:
-                received[i] = g.flatten(1) if isinstance(c, BatchNormCoupling) else c.summed(g)
+                received[i] = c.summed(g)[0] if c.handle is None else g.flatten(1)
                 direct = self._structure.direct[i]
                 if direct is not None:
                     means[direct] = received[i][:, : self._structure.width[i] // 2]

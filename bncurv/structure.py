@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.graph import Trace
-from bncurv.statistics import BatchNormCoupling
 
 
 class Structure:
@@ -15,22 +15,24 @@ class Structure:
 
     Args:
         trace: the traced graph.
-        uses: parameter name → the sites that use it.
+        wanted: parameters by name.
 
     Attributes:
+        uses: parameter name → the (site, role) pairs that use it; parameters used elsewhere have none.
         couplings: sites of the couplings that any wanted parameter lies below, in forward order.
         direct: by coupling, the site whose output is its input, entry by entry, if channels lead its parameters' axes.
         below: by coupling, what a pass from its statistics must reach: calls but the direct one, lower couplings.
         through: by coupling, all sites that such a pass crosses, as a bit set.
-        sole: direct sites that nothing but the BatchNorm behind takes up.
+        sole: direct sites whose output nothing but the BatchNorm behind takes up.
         pulled_from: parameter name → couplings whose passes reach it, in forward order.
         width: by coupling, the number of its statistics.
         entries: parameter name → rows of P it needs: the statistics above it but for those directly above.
     """
 
-    def __init__(self, trace: Trace, uses: Mapping[str, set[int]]) -> None:
+    def __init__(self, trace: Trace, wanted: Mapping[str, Tensor]) -> None:
         self._trace = trace
-        self._calls = sorted(set().union(*uses.values()))
+        self.uses = _uses(trace, wanted)
+        self._calls = sorted({j for uses in self.uses.values() for j, _ in uses})
         sites = trace.sites
         self.couplings = [j for j, s in enumerate(sites) if s.mark.coupling and self.calls_in(s.upstream)]
         self.direct = {j: self._find_direct(j) for j in self.couplings}
@@ -44,9 +46,13 @@ class Structure:
         self.sole = {i for i, e in ends.items() if trace.takers[e.node, e.output_nr] == 1}
         self.width = {j: sites[j].coupling.statistics.numel() for j in self.couplings}
         self.pulled_from = {
-            name: [j for j in self.couplings if not used.isdisjoint(self.below[j])] for name, used in uses.items()
+            name: [j for j in self.couplings if not self.sites(name).isdisjoint(self.below[j])] for name in wanted
         }
         self.entries = {name: sum(self.width[j] for j in above) for name, above in self.pulled_from.items()}
+
+    def sites(self, name: str) -> set[int]:
+        """Sites that use a parameter."""
+        return {j for j, _ in self.uses.get(name, ())}
 
     def calls_in(self, sites: int) -> list[int]:
         """Sites of a bit set that hold a wanted parameter's call, in forward order."""
@@ -61,12 +67,24 @@ class Structure:
         return [self._trace.sites[j].edge for j in sites]
 
     def _find_direct(self, j: int) -> int | None:
-        coupling, below = self._trace.sites[j].mark.coupling, self._trace.sites[j].mark.below
-        if not isinstance(coupling, BatchNormCoupling):
+        shape, below = self._trace.sites[j].coupling.channelled, self._trace.sites[j].mark.below
+        if shape is None:
             return None
         for i in self.calls_in(self._trace.sites[j].upstream):
             call, edge = self._trace.sites[i].call, self._trace.sites[i].edge
             if edge.node is below[0].node and call.layer.channels_lead(call.output):
-                whole = edge.output_nr == below[0].output_nr and call.output == coupling.shape
+                whole = edge.output_nr == below[0].output_nr and call.output == shape
                 return i if whole and len(call.below) < 2 else None  # `Layer.from_channels` knows one input
         return None
+
+
+def _uses(trace: Trace, wanted: Mapping[str, Tensor]) -> dict[str, list[tuple[int, str]]]:
+    """Parameter name → the (site, role) pairs that use it; none for those that are also used elsewhere."""
+    loose = {id(p) for p in trace.loose}
+    names = {id(p): name for name, p in wanted.items() if id(p) not in loose}
+    found: dict[str, list[tuple[int, str]]] = {}
+    for j, site in enumerate(trace.sites):
+        for role, p in site.call.parameters if site.mark.call else ():
+            if id(p) in names:
+                found.setdefault(names[id(p)], []).append((j, role))
+    return found

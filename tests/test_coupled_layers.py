@@ -22,7 +22,7 @@ from bncurv import (
     reference,
     register_coupled,
 )
-from bncurv.statistics import COUPLED
+from bncurv.gate import COUPLED
 
 # ------------------------------------------------------------------------------------- the layers
 

@@ -17,10 +17,10 @@ import torch
 
 import bncurv
 from bncurv import DiagGGNExact, SlowPathWarning, curvature, reference
+from bncurv.gate import COUPLED
 from bncurv.layers import LAYERS
 from bncurv.losses import LOSSES
 from bncurv.quantities import Quantity
-from bncurv.statistics import COUPLED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -266,7 +266,7 @@ def factored(monkeypatch) -> Iterator[set[str]]:
     names: set[str] = set()
     own = Products.sum_squares
     monkeypatch.setattr(Products, "sum_squares", lambda self, name, *a: names.add(name) or own(self, name, *a))
-    monkeypatch.setattr(Costs, "factored", lambda self, name, columns: self._engine.products.factors(name))
+    monkeypatch.setattr(Costs, "factored", lambda self, name, columns: self._products.factors(name))
     yield names
 
 

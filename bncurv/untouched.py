@@ -1,4 +1,4 @@
-"""What others have hooked into a model, set aside while we run our own passes."""
+"""Leave no trace: what others hooked in is set aside meanwhile; buffers, gradients, random state are put back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from backpack import disable
 from backpack.context import CTX
 from backpack.utils.hooks import no_op
@@ -75,3 +76,33 @@ def resting_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for table, entries in hooks:
             table.update({key: hook for key, hook in entries.items() if key in table})
+
+
+@contextmanager
+def left_as_is(model: nn.Module) -> Iterator[None]:
+    """Restore the model's buffers and the random state on leaving the block, whatever happens."""
+    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
+    values = [(b, b.clone()) for b in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=[d.index for d in devices]):
+        try:
+            yield
+        finally:
+            for table, entries in tables:
+                table.clear()
+                table.update(entries)
+            with torch.no_grad():
+                for buffer, value in values:  # by value: batch_norm bumps no version of its running statistics
+                    if not torch.equal(buffer, value):
+                        buffer.data.copy_(value)
+
+
+@contextmanager
+def grads_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give tensors with ``retain_grad()`` the gradients back that they had before our passes."""
+    before = [(t, t.grad) for t in tensors]
+    try:
+        yield
+    finally:
+        for t, grad in before:
+            t.grad = grad

@@ -1,0 +1,183 @@
+"""BatchNorm in training mode, cut between its statistics and its per-sample map (``gate.py``); PyTorch's own kernels.
+
+y = (x - mean) scale + bias,  scale = weight invstd,  invstd = (v + eps)^(-1/2);  v the biased variance, of m values.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bncurv.gate import Coupling, Gates
+
+
+def _per_channel(x: Tensor, t: Tensor) -> Tensor:
+    return t.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _factors(scale: Tensor, invstd: Tensor) -> Tensor:
+    """-scale and -½ scale invstd, ``[2, channel]``: from Σ δ and Σ δ x̂ to d/dmean and d/dv."""
+    return torch.stack([-scale, -0.5 * scale * invstd])
+
+
+class BatchNormCoupling(Coupling):
+    """BatchNorm: the mark sits on the layer's output; statistics are mean and v, ``[2, channel]``."""
+
+    def __init__(
+        self,
+        name: str,
+        statistics: Tensor,
+        gates: Gates,
+        handle: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+    ) -> None:
+        super().__init__(name, statistics, gates)
+        self.handle, self.channelled = handle, x.shape
+        self._x, self._mean, self._invstd = x, mean, invstd
+        self._scale = invstd if weight is None else invstd * weight
+
+    def own_cotangents(self, coordinates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """1/m for a mean, 2 (x - mean)/m for a variance."""
+        channels = self._x.shape[1]
+        if coordinates is None:
+            coordinates = torch.arange(2 * channels, device=self._x.device)
+        m, channel = self._x.numel() // channels, coordinates % channels
+        x, mean = self._x[:, channel], self._mean[channel]
+        slope = 2 / m * (x - _per_channel(x, mean))
+        return channel, torch.where(_per_channel(x, coordinates < channels), 1 / m, slope).transpose(0, 1)
+
+    @functools.cached_property
+    def normalised(self) -> Tensor:
+        """x̂, kept while the graph lives."""
+        return (self._x - _per_channel(self._x, self._mean)) * _per_channel(self._x, self._invstd)
+
+    @functools.cached_property
+    def _factors(self) -> Tensor:
+        return _factors(self._scale, self._invstd)
+
+    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
+        """d/dmean = -scale Σ_s δ,  d/dv = -½ scale invstd Σ_s δ x̂."""
+        q, m, channels = delta.shape[:3]
+        delta = delta.reshape(q, m, channels, -1)
+        first = delta.sum(3)
+        second = torch.einsum("qmcs,mcs->qmc", delta, self.normalised.reshape(m, channels, -1))
+        out = delta.new_empty(samples, q, 2, channels)
+        for moment, sums in enumerate((first, second)):
+            by_sample = (
+                rearrange(sums, "q (n t) c -> n q t c", n=samples).sum(2) if m > samples else sums.transpose(0, 1)
+            )
+            torch.mul(by_sample, self._factors[moment], out=out[:, :, moment])
+        return out.flatten(2)
+
+    def summed(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The same summed over the samples; Σ δ and Σ δ x̂ are what the bias and the weight receive."""
+        both = (delta, delta * self.normalised)
+        sums = torch.stack([t.sum(1).flatten(2).sum(2) if t.dim() > 3 else t.sum(1) for t in both], 1)
+        return (sums * self._factors).flatten(1), sums
+
+
+class _Moments(torch.autograd.Function):
+    """``x → (mean, biased variance) [2, channel]``; the values come from the fused forward."""
+
+    @staticmethod
+    def forward(ctx, x, mean, invstd, eps):
+        ctx.save_for_backward(x, mean)
+        return torch.stack([mean, invstd**-2 - eps])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        # x̄ = Σ x / m,  v = Σ (x - x̄)² / m   ⇒   dx = (ḡ + 2 v̄ (x - x̄)) / m
+        x, mean = ctx.saved_tensors
+        m = x.numel() // x.shape[1]
+        slope = _per_channel(x, 2 * g[1] / m)
+        offset = _per_channel(x, g[0] / m - 2 * g[1] * mean / m)
+        return slope * x + offset, None, None, None
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Train-mode batch normalisation, PyTorch's own kernels, with a gate before the statistics."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, handle, running, momentum, eps, gates):
+        y, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
+            x, weight, bias, *running, True, momentum, eps, torch.backends.cudnn.enabled
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, reserve)
+        ctx.kind, ctx.eps, ctx.gates = kind, eps, gates
+        ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)
+        return y, mean, invstd
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        if g is None:
+            return (None,) * 8
+        x, weight, mean, invstd, reserve = ctx.saved_tensors
+        scale = invstd if weight is None else invstd * weight
+        if ctx.gates.closed and not ctx.gates.sums:
+            return _per_channel(x, scale) * g, *(None,) * 7
+        if ctx.gates.closed:  # with constant statistics it is the backward of the eval mode; Σ g x̂ and Σ g besides
+            dx, second, first = torch.ops.aten.native_batch_norm_backward(
+                g, x, weight, mean, invstd**-2 - ctx.eps, None, None, False, ctx.eps, [True] * 3
+            )
+            handle = torch.stack([first, second]) * _factors(scale, invstd) if ctx.needs_input_grad[3] else None
+            affine = (
+                t if needed else None for t, needed in zip((second, first), ctx.needs_input_grad[1:3], strict=True)
+            )
+            return dx, *affine, handle, *(None,) * 4
+        mask = list(ctx.needs_input_grad[:3])
+        if ctx.kind == 0:  # PyTorch's own kernel, which has a rule for batches of cotangents
+            dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+                g, x, weight, None, None, mean, invstd, True, ctx.eps, mask
+            )
+        else:
+            dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
+                ctx.kind, x, g, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve
+            )
+        return *(t if needed else None for t, needed in zip((dx, dw, db), mask, strict=True)), *(None,) * 5
+
+
+def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tensor, Coupling | None, dict[str, Tensor]]:
+    """A train-mode batch normalisation, gated.
+
+    Args:
+        arguments: arguments of ``torch.nn.functional.batch_norm`` by name.
+        name: qualified name of the calling module.
+        gates: the forward pass' gates.
+
+    Returns:
+        The output; the coupling (``None`` where the statistics depend on no gradient-requiring tensor); and the
+        statistics ``mean``, ``invstd`` for the affine part's parameter products.
+
+    Raises:
+        ValueError: if a channel has a single value, so that its variance is no statistic.
+    """
+    x = arguments["input"]
+    if x.dim() > 1 and x.numel() == x.shape[1]:
+        raise ValueError(
+            f"BatchNorm '{name}' is in training mode and got an input of shape {tuple(x.shape)}: one value per "
+            "channel has no batch statistics. Use a batch of at least 2 samples, or put this module in eval mode."
+        )
+    running = (arguments.get("running_mean"), arguments.get("running_var"))
+    momentum, eps = arguments.get("momentum", 0.1), arguments.get("eps", 1e-5)
+    weight = arguments.get("weight")
+    coupled = x.requires_grad and torch.is_grad_enabled()
+    handle = x.new_zeros(2, x.shape[1], requires_grad=True) if coupled else None
+    y, mean, invstd = _BatchNorm.apply(x, weight, arguments.get("bias"), handle, running, momentum, eps, gates)
+    coupling = None
+    if handle is not None:
+        statistics = _Moments.apply(x, mean, invstd, eps)
+        fixed = None if weight is None else weight.detach()
+        coupling = BatchNormCoupling(name, statistics, gates, handle, x.detach(), mean, invstd, fixed)
+    return y, coupling, {"mean": mean, "invstd": invstd}
+
+

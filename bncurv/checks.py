@@ -1,0 +1,129 @@
+"""What arrives, before it is used: quantities, options, parameters, batches, outputs. Complaints say what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from bncurv.quantities import Quantity
+
+
+def check_quantities(quantities: Iterable[Any]) -> None:
+    """Raise TypeError/ValueError unless these are distinct bncurv quantities, at least one."""
+    names = []
+    for q in quantities:
+        if not isinstance(q, Quantity):
+            hint = f"{q.__name__}()" if isinstance(q, type) else "e.g. bncurv.DiagGGNExact()"
+            raise TypeError(f"quantity {q!r} is not an instance of a bncurv quantity; expected {hint}.")
+        names.append(q.field)
+    if not names:
+        raise ValueError("no quantity asked for; pass at least one, e.g. bncurv.DiagGGNExact().")
+    if len(set(names)) < len(names):
+        raise ValueError(f"quantities {names} name the same field twice; ask for each once.")
+
+
+def check_options(method: str, tol: float, chunk_size: int | None) -> None:
+    """Raise ValueError for a method, tolerance or chunk size that means nothing."""
+    if method not in ("auto", "coupled", "dense"):
+        raise ValueError(f"method={method!r}; expected 'auto', 'coupled' or 'dense'.")
+    if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 <= tol < 1:
+        raise ValueError(f"tol={tol!r}; expected a relative tolerance, 0 <= tol < 1.")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+        raise ValueError(f"chunk_size={chunk_size!r}; expected None or a positive integer (vectors held at once).")
+
+
+def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[str, Tensor]:
+    """Parameters by name: those named in ``params``, or all that require grad.
+
+    Raises:
+        ValueError: for an unknown name, a frozen parameter, or none at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+    named = dict(model.named_parameters())
+    if isinstance(params, str):
+        raise TypeError(f"params={params!r} is a string; expected an iterable of names, e.g. params=[{params!r}].")
+    if not (params is None or isinstance(params, Iterable)):
+        raise TypeError(f"params={params!r}; expected an iterable of parameter names.")
+    names = [n for n, p in named.items() if p.requires_grad] if params is None else list(params)
+    if not names and params is not None:
+        raise ValueError("params is empty; expected at least one name, or None for all that require grad.")
+    for name in names:
+        if name not in named:
+            close = difflib.get_close_matches(str(name), named, n=3) or list(named)[:3]
+            raise ValueError(
+                f"params names '{name}', which {type(model).__name__} does not have; did you mean {close}?"
+            )
+        if not named[name].requires_grad:
+            raise ValueError(f"params names '{name}', which has requires_grad=False; set it to True, or leave it out.")
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires grad; there is nothing to compute curvature for."
+        )
+    return {name: named[name] for name in names}
+
+
+def batches(data: Any) -> Iterator[tuple[Any, Tensor]]:
+    """One pair, or an iterable of pairs."""
+    if isinstance(data, tuple | list) and len(data) == 2 and any(isinstance(t, Tensor) for t in data):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data is {type(data).__name__}; expected one batch (X, y), or an iterable of such pairs.")
+    for pair in data:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            length = f" of length {len(pair)}" if isinstance(pair, tuple | list) else ""
+            raise TypeError(f"data yields {type(pair).__name__}{length}; expected pairs (X, y) with a tensor y.")
+        if not isinstance(pair[1], Tensor):
+            raise TypeError(f"y is {type(pair[1]).__name__}; expected a tensor, the second of a pair (X, y).")
+        yield pair[0], pair[1]
+
+
+def check_input(X: Any, y: Tensor) -> None:
+    """Raise ValueError for a batch that is empty, not finite, or whose axes don't fit."""
+    if isinstance(X, Tensor):
+        if X.shape[:1] != y.shape[:1]:
+            raise ValueError(
+                f"X has shape {tuple(X.shape)} and y has shape {tuple(y.shape)}; expected equal first axes."
+            )
+        if X.numel() == 0:
+            raise ValueError(f"the batch is empty: X has shape {tuple(X.shape)}; expected at least one sample.")
+        if X.is_floating_point() and not bool(X.isfinite().all()):
+            bad = (~X.isfinite()).reshape(len(X), -1).any(1).nonzero().flatten().tolist()
+            raise ValueError(f"X has NaN or inf in sample(s) {bad[:5]}; curvature is undefined there. Remove them.")
+
+
+def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> None:
+    """Raise unless the model's output can be differentiated sample by sample.
+
+    Raises:
+        TypeError: not a tensor, or in half precision.
+        ValueError: no batch axis of y's length, empty, not finite, or without parameters behind it.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returns {type(output).__name__}; expected one tensor [N, ...]. Wrap the model so that its "
+            "forward returns the tensor that the loss takes (e.g. drop auxiliary outputs)."
+        )
+    n = y.shape[0] if y.dim() else 0
+    if output.dim() == 0 or output.shape[0] != n:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)} and y has shape {tuple(y.shape)}; expected the batch "
+            "first and of equal length in both."
+        )
+    if n == 0:
+        raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; expected N > 0 samples.")
+    kinds = {str(p.dtype) for p in wanted.values()} | {str(output.dtype)}
+    if kinds not in ({"torch.float32"}, {"torch.float64"}):
+        raise TypeError(
+            f"parameters and output have dtypes {sorted(kinds)}; expected all float32 or all float64 (half precision "
+            "and autocast lose the digits that curvature needs). Call model.float() or model.double(), and X likewise."
+        )
+    if not bool(output.isfinite().all()):
+        raise ValueError(
+            "the model's output contains NaN or inf, so it has no curvature; check the inputs and parameters."
+        )
+    if not output.requires_grad:
+        raise ValueError("the model's output depends on no parameter that requires grad (forward under no_grad?).")

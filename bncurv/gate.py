@@ -1,0 +1,149 @@
+"""START HERE. The cut: a train-mode BatchNorm as batch statistics + a per-sample map, with a gate between.
+
+A layer that couples the samples of a batch is two steps, ``stats = stats(x)`` over the whole batch and then a
+*per-sample* map ``y_n = apply(x_n, stats)``. The gate between them decides what backpropagation sees:
+
+    open     the whole layer, ``y = apply(x, stats(x))`` (the truth; also what ``loss.backward()`` sees)
+    closed   the statistics held constant: nothing flows from one sample to another; what would have flowed
+             into the statistics is read off per sample instead (`Coupling.per_sample`: the coefficients A).
+
+``statistics`` itself is a node of the graph, so that d statistics / d θ (P) is an ordinary backward pass from there.
+The general pair is in this module (`couple`, `register_coupled`). BatchNorm is built in, fused (``batchnorm.py``): its
+forward and open backward are PyTorch's own kernels, to the bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Gates:
+    """All gates of one forward pass, open unless bncurv closes them.
+
+    Attributes:
+        closed: whether nothing flows into the statistics.
+        sums: while closed, whether the fused layers also sum up over the batch what their parameters and statistics
+            would receive (at the parameters and at `Coupling.handle`).
+    """
+
+    def __init__(self) -> None:
+        self.closed = self.sums = False
+
+
+class _Gate(torch.autograd.Function):
+    """Identity; closed, it lets no cotangent through."""
+
+    @staticmethod
+    def forward(ctx, statistics, gates):
+        ctx.gates = gates
+        return statistics.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return (None if ctx.gates.closed else g), None
+
+
+def couple(
+    stats: Callable[[Tensor], Tensor],
+    apply: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    name: str,
+    gates: Gates,
+) -> tuple[Tensor, Tensor, Coupling | None]:
+    """In general: ``y = apply(x, copies)`` with one gated copy of ``stats(x)`` per sample; y, copies, coupling."""
+    statistics = stats(x)
+    copies = _Gate.apply(statistics, gates).expand(x.shape[0], *statistics.shape)
+    y = apply(x, copies)
+    return y, copies, CopiesCoupling(name, statistics, gates) if statistics.requires_grad else None
+
+
+class Coupling(ABC):
+    """What one forward call of a coupled layer leaves behind.
+
+    Attributes:
+        name: qualified name of the module that made the call.
+        statistics: the batch statistics, a node of the graph above the layer's input.
+        gates: the forward pass' gates.
+        handle: a leaf that receives `summed` as its gradient in a pass with `Gates.sums`; ``None``: there is none.
+        channelled: shape of an input whose every channel (axis 1) has moments of its own, R = moments · channels with
+            the moment slowest and a first moment that centring the input removes; ``None``: another kind of statistics.
+    """
+
+    handle: Tensor | None = None
+    channelled: torch.Size | None = None
+
+    def __init__(self, name: str, statistics: Tensor, gates: Gates) -> None:
+        self.name, self.statistics, self.gates = name, statistics, gates
+
+    @abstractmethod
+    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
+        """Closed gates: gradient with respect to sample n's use of the statistics, ``[n, q, R]``.
+
+        Args:
+            delta: cotangents ``[q, n·t, ...]`` at the edge where the recorder put the mark.
+            samples: N.
+        """
+
+    @abstractmethod
+    def summed(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same summed over the samples, ``[q, R]``; and what the layer's own parameters receive, where known.
+
+        The latter is ``[q, 2, channel]``, bias first.
+        """
+
+    def own_cotangents(self, coordinates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """D statistic / dx of some coordinates of channelled statistics (all: ``None``).
+
+        Returns:
+            Their channels ``[q]`` and, in those channels of the input, the derivatives ``[q, m, *position]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is channelled, so it must define own_cotangents.")
+
+
+class CopiesCoupling(Coupling):
+    """General pair: the mark sits on the per-sample copies of the statistics, whose gradient is the answer."""
+
+    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
+        """Flatten the copies' gradient."""
+        return rearrange(delta.reshape(*delta.shape[:2], -1), "q (n t) r -> n q t r", n=samples).sum(2)
+
+    def summed(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Summed over the copies."""
+        return delta.sum(1).reshape(len(delta), -1), None
+
+
+@dataclass(frozen=True)
+class CoupledLayer:
+    """A coupled layer's pair of functions, see `register_coupled`."""
+
+    stats: Callable[[nn.Module, Tensor], Tensor]
+    apply: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+COUPLED: dict[type[nn.Module], CoupledLayer] = {}
+
+
+def register_coupled(
+    module_class: type[nn.Module],
+    stats: Callable[[nn.Module, Tensor], Tensor],
+    apply: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> None:
+    """Teach bncurv a layer that couples the samples of a batch through batch statistics.
+
+    Whenever a module of this class (exactly) runs under bncurv, its output is recomputed as
+    ``apply(module, x, copies)``; a certificate checks that nothing but the statistics couples samples.
+
+    Args:
+        module_class: the layer's class; its forward takes one tensor ``x [N, ...]``.
+        stats: ``(module, x) -> Tensor [*s]``, the batch statistics (stack several into one tensor).
+        apply: ``(module, x, copies) -> y`` with ``copies [N, *s]``: the rest of the layer, where sample ``n``
+            uses ``copies[n]`` only. ``apply(module, x, stats(module, x).expand(N, ...))`` must equal the
+            module's own output.
+    """
+    COUPLED[module_class] = CoupledLayer(stats, apply)

@@ -1,0 +1,74 @@
+"""Imports go one way: no cycle, and nothing that computes imports the gestures, the oracle or the plots."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "bncurv"
+FILES = {
+    ".".join(("bncurv", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+# From the bottom up; a module imports from its own row and those above it in this list only.
+FLOORS = [
+    {"slow", "budget", "precision", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch"},
+    {"record", "graph", "structure"},
+    {"blocks", "certificate", "squares", "products", "passes", "costs", "statistics_passes", "directions",
+     "truncation", "engine"},
+    {"lowrank", "operator"},
+    {"quantities", "sampling", "report", "lowrank_quantity"},
+    {"batch", "checks", "untouched"},
+    {"api", "extension"},
+    {""},
+]  # fmt: skip
+APART = {"reference", "plots"}  # nothing of the package imports these
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, at run time or for types."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bncurv":
+            inner = {f"{node.module}.{a.name}" for a in node.names}
+            found |= inner & set(FILES) or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.split(".")[0] == "bncurv"}
+    return found
+
+
+GRAPH = {name: imports(path) - {name} for name, path in FILES.items()}
+
+
+def room(module: str) -> str:
+    """``bncurv.lowrank.rows`` → ``lowrank``."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_no_cycle():
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " → ".join((*way, module))
+        if module not in done:
+            for other in GRAPH[module]:
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in GRAPH:
+        visit(module, ())
+    assert len(done) > 20
+
+
+@pytest.mark.parametrize("module", GRAPH)
+def test_floors(module):
+    floor = {name: i for i, rooms in enumerate(FLOORS) for name in rooms}
+    for other in GRAPH[module]:
+        assert room(other) not in APART, f"{module} imports {other}"
+        if room(module) not in APART:
+            assert floor[room(other)] <= floor[room(module)], f"{module} imports {other}, which stands above it"
+
+
+def test_no_weak_way_back():
+    """A circle that imports don't show: a part that keeps a proxy of its owner."""
+    assert not [name for name, path in FILES.items() if "weakref.proxy" in path.read_text()]
