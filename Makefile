@@ -16,10 +16,10 @@ PY := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench notebooks clean
+.PHONY: help venv demo experiments test test-slow lint bench notebooks clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 venv: .venv/.installed ## create .venv with everything that the targets below need
 
@@ -32,6 +32,9 @@ venv: .venv/.installed ## create .venv with everything that the targets below ne
 
 demo: venv ## train a small BatchNorm ResNet on digits and show its exact curvature (under a minute)
 	$(PY) experiments/digits_resnet.py $(ARGS)
+
+experiments: venv ## every statement about BatchNorm, measured: writes experiments/README.md (minutes)
+	$(PY) experiments/run_all.py $(ARGS)
 
 test: venv ## the whole default test suite
 	$(PY) -m pytest $(ARGS)

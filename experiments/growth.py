@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from benchmark.networks import NETWORKS
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
-from networks import NETWORKS  # noqa: E402
-
-import bncurv  # noqa: E402
+import bncurv
 
 # what the README's section on speed speaks of
 SMALL = (("vgg", 128), ("vgg", 256), ("vgg", 1024), ("resnet20-c100", 64), ("wrn16-2-c100", 32))

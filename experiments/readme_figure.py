@@ -19,7 +19,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from digits_resnet import BLUE, ORANGE, SmallResNet, load_data, train
+from lib.figures import BLUE, ORANGE
+from lib.resnet import SmallResNet, load_data, train
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 import torch
-from digits_resnet import SmallResNet, load_data, train
+from lib.resnet import SmallResNet, load_data, train
 from torch import nn
 
 from bncurv import DiagGGNExact, SqrtGGNExact, curvature

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
-import pytest
+import digits_resnet as demo
 import torch
+from lib import resnet, systems
+from lib.plain import relative_error
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[ModuleType]:
-    """The script as a module."""
-    sys.path.insert(0, str(EXPERIMENTS))
-    import digits_resnet
-
-    yield digits_resnet
-    sys.path.remove(str(EXPERIMENTS))
 
 
 def run_demo(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -54,32 +44,32 @@ def test_demo_fails_when_the_accuracy_is_missed(tmp_path: Path) -> None:
     assert "FAILED" in done.stdout
 
 
-def test_frozen_copy_has_the_same_outputs_but_independent_samples(demo: ModuleType) -> None:
-    X = demo.load_data().train_x[:16].double()
-    model = demo.SmallResNet(width=4).double().train()
-    frozen = demo.freeze_statistics(model, X)
+def test_frozen_copy_has_the_same_outputs_but_independent_samples() -> None:
+    X = resnet.load_data().train_x[:16].double()
+    model = resnet.SmallResNet(width=4).double().train()
+    frozen = systems.frozen(model, X)
 
     assert not any(m.training for m in frozen.modules() if isinstance(m, torch.nn.BatchNorm2d))
     torch.testing.assert_close(frozen(X[:3]), model(X)[:3])
 
 
-def test_freezing_leaves_the_model_as_it_was(demo: ModuleType) -> None:
-    X = demo.load_data().train_x[:16]
-    model = demo.SmallResNet(width=4).train()
+def test_freezing_leaves_the_model_as_it_was() -> None:
+    X = resnet.load_data().train_x[:16]
+    model = resnet.SmallResNet(width=4).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    demo.freeze_statistics(model, X)
+    systems.frozen(model, X)
 
     assert all(m.training for m in model.modules())
     assert not model.bn._forward_pre_hooks
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_wrong_value_fails_its_check(demo: ModuleType) -> None:
+def test_a_wrong_value_fails_its_check() -> None:
     truth = {"weight": torch.tensor([1.0, -4.0])}
     wrong = {"weight": torch.tensor([1.0, -3.0])}
 
-    assert demo.relative_error(truth, truth) == 0
-    assert demo.relative_error(wrong, truth) == 0.25
+    assert relative_error(truth, truth) == 0
+    assert relative_error(wrong, truth) == 0.25
     assert demo.Check("", 0.1, 0.2).passed and not demo.Check("", 0.3, 0.2).passed
     assert demo.Check("", 0.3, 0.2, at_least=True).passed
     assert not demo.Check("", float("nan"), 0.2).passed

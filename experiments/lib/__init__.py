@@ -1,0 +1,1 @@
+"""What the experiments share: systems, statements, the command line, figures."""
