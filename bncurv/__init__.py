@@ -9,9 +9,8 @@ from bncurv.extension import extend, unextend
 from bncurv.gate import register_coupled
 from bncurv.layers import register_layer
 from bncurv.losses import register_loss
-from bncurv.lowrank import LowRank
+from bncurv.lowrank import GGN, LowRank, MatrixFreeGGN
 from bncurv.lowrank_quantity import LowRankGGN
-from bncurv.operator import MatrixFreeGGN
 from bncurv.quantities import (
     ComponentDiagGGNExact,
     ComponentGrad,
@@ -36,6 +35,7 @@ __all__ = [
     "CouplingReport",
     "DiagGGNExact",
     "DiagGGNMC",
+    "GGN",
     "LowRank",
     "LowRankGGN",
     "MatrixFreeGGN",

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bncurv.blocks import Batch, Rows, Source, WholeBatch
 from bncurv.budget import SMALL_BYTES
-from bncurv.lowrank import LowRank
-from bncurv.operator import BatchOperator, MatrixFreeGGN
+from bncurv.lowrank import BatchOperator, LowRank, MatrixFreeGGN
 from bncurv.quantities import Parameters, Quantity, combine
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bncurv.lowrank import LowRank
+    from bncurv.lowrank import GGN
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe & Ito: told apart by everybody
 
 
-def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
+def spectrum(low_rank: GGN, ax: Axes | None = None) -> Axes:
     """Eigenvalues above the cut-off against their index, on a log scale; rank and cut-off marked.
 
     Args:
@@ -44,7 +44,7 @@ def spectrum(low_rank: LowRank, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, (7, 4.5))
     values = [float(v) for v in low_rank.eigenvalues]
     rank, cutoff = len(values), low_rank.cutoff
-    reached = rank == low_rank._top  # there are more eigenvalues, which were not computed
+    reached = rank == low_rank.top  # there are more eigenvalues, which were not computed
     last = f"top {rank}" if reached else f"rank {rank} of at most {min(low_rank.components, low_rank.dim)}"
     ax.semilogy(range(1, rank + 1), values, ".", color=BLUE, label="eigenvalues")
     ax.axvline(rank, color=ORANGE, linewidth=1.5, label=last)
@@ -115,16 +115,16 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 
-def _share(low_rank: LowRank, values: list[float]) -> str:
+def _share(low_rank: GGN, values: list[float]) -> str:
     """What part of the trace the leading eigenvalues hold, in words."""
     if not values:
         return "All eigenvalues are zero"
     leading = min(10, len(values))
     subject = f"{leading} largest eigenvalues" if leading > 1 else "largest eigenvalue"
-    try:
-        share = sum(values[:leading]) / float(low_rank.trace)
-    except NotImplementedError:  # matrix-free: the trace is not known
+    trace = getattr(low_rank, "trace", None)
+    if trace is None:  # matrix-free
         return f"The {subject} of the GGN"
+    share = sum(values[:leading]) / float(trace)
     return f"The {subject} {'hold' if leading > 1 else 'holds'} {share:.0%} of the trace"
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     {"record", "graph", "structure"},
     {"blocks", "certificate", "squares", "products", "passes", "costs", "statistics_passes", "directions",
      "truncation", "engine"},
-    {"lowrank", "operator"},
+    {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity"},
     {"batch", "checks", "untouched"},
     {"api", "extension"},

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import NoReturn, final
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from bncurv.loss_at_batch import LossAtBatch
-from bncurv.lowrank import LowRank, Vector, leading, one_blas_thread, positive
+from bncurv.lowrank.base import GGN
+from bncurv.lowrank.lanczos import conjugate_gradients, eigenpairs
 
 
 class BatchOperator:
@@ -36,6 +35,11 @@ class BatchOperator:
             self._u = torch.zeros_like(output, requires_grad=True)
             w = torch.autograd.grad(output, self._list, self._u, create_graph=True, materialize_grads=True)
         self._w = [(t, i) for i, t in enumerate(w) if t.requires_grad]
+
+    @property
+    def components(self) -> int:
+        """Number of rows of V."""
+        return len(self._output) * self.at_batch.factor.columns_per_sample
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, ``[n, *output]``."""
@@ -57,31 +61,43 @@ class BatchOperator:
         return self.vjp(HJv)
 
 
-class MatrixFreeGGN(LowRank):
-    """The leading eigenpairs of G, and G itself through the network: `LowRank` with ``matrix_free=True``.
+class NeedsRows(NotImplementedError, AttributeError):
+    """Asked of a matrix-free GGN: what only the rows of V give."""
+
+
+@final
+class MatrixFreeGGN(GGN):
+    """The leading eigenpairs of G, and G itself through the network: ``LowRankGGN(matrix_free=True)``.
 
     Products (``@``, ``to_scipy``), ``solve`` (conjugate gradients), `density` (stochastic Lanczos), slopes and
     curvatures use the whole G; eigenvalues, eigenvectors and Newton steps along directions its ``top`` leading part.
-    What needs the whole spectrum (trace, Frobenius norm, log-determinant, samples) is refused.
+    What needs the whole spectrum (``trace``, ``frobenius_norm``, ``logdet``, ``sample``) is refused with `NeedsRows`.
 
     Args:
         operators: one per mini-batch; G = Σ share · operator.
         top: number of eigenpairs, by scipy's implicitly restarted Lanczos (`LANCZOS_TOLERANCE`).
+        shares: weights of the mini-batches.
     """
 
     def __init__(self, operators: list[BatchOperator], top: int, shares: Sequence[float] = (1.0,)) -> None:
-        self._operators, self._shares = operators, shares
         parameters = operators[0].parameters
-        super().__init__({name: p.detach()[None][:0] for name, p in parameters.items()}, {}, top)
+        shapes, like = {name: p.shape for name, p in parameters.items()}, next(iter(parameters.values())).detach()
+        super().__init__(shapes, sum(op.components for op in operators), like, top)
+        self._operators, self._shares = operators, shares
         if top >= self.dim:
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
-        values, vectors = leading(self.to_scipy(), top, self.dtype)
-        values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
-        kept = values > 0
-        # as rows of V: √λ e, so that the base class' formulas apply to the leading part
-        rows = torch.from_numpy((vectors[:, kept] * np.sqrt(values[kept])).T).to(self.device, self.dtype)
-        self._rows, self.components = self.unflatten(rows), len(rows)
-        self._decomposition = torch.from_numpy(values[kept]).to(rows), torch.eye(len(rows)).to(rows)
+        self._pairs = eigenpairs(self._product, self.dim, top, like)
+
+    @property
+    def _values(self) -> Tensor:
+        return self._pairs[0]
+
+    def _vectors(self, k: int) -> Tensor:
+        return self._pairs[1][:, :k]
+
+    @property
+    def _weighted(self) -> Iterator[tuple[BatchOperator, float]]:
+        return zip(self._operators, self._shares, strict=True)
 
     def _product(self, v: Tensor) -> Tensor:
         if v.dim() > 1:
@@ -89,9 +105,8 @@ class MatrixFreeGGN(LowRank):
         parts = [op @ v if share == 1 else share * (op @ v) for op, share in self._weighted]
         return functools.reduce(torch.add, parts)
 
-    @property
-    def _weighted(self) -> Iterator[tuple[BatchOperator, float]]:
-        return zip(self._operators, self._shares, strict=True)
+    def _inverse(self, v: Tensor, damping: float) -> Tensor:
+        return conjugate_gradients(self._product, v, damping)
 
     @property
     def gradient(self) -> Tensor:
@@ -111,56 +126,10 @@ class MatrixFreeGGN(LowRank):
         rows = [share * torch.stack([f(op, op.jvp(e)) for e in directions], 1) for op, share in self._weighted]
         return torch.cat(rows)
 
-    def residuals(self, k: int | None = None) -> Tensor:
-        """‖G e - λ e‖ of the leading eigenpairs, with the whole G."""
-        e = self.unit_vectors(k)
-        return torch.linalg.vector_norm(self._product(e) - e * self._values[: e.shape[1]], dim=0)
-
-    @property
-    def trace(self) -> Tensor:
-        """Not available."""
-        raise self._refusal("trace")
-
-    @property
-    def frobenius_norm(self) -> Tensor:
-        """Not available."""
-        raise self._refusal("frobenius_norm")
-
-    def logdet(self, damping: float) -> Tensor:
-        """Not available."""
-        raise self._refusal("logdet")
-
-    def sample(self, damping: float, count: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Not available."""
-        raise self._refusal("sample")
-
-    def _refusal(self, what: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"{what} needs all rows of V, but this GGN is matrix-free with top={self._top} eigenpairs. Use "
-            "LowRankGGN(matrix_free=False) with fewer samples or parameters, or density() for the spectrum."
-        )
-
-    def solve(self, v: Vector, damping: float) -> Any:
-        """(G + δ I)⁻¹ v by conjugate gradients to a relative residual of 1e-6 (float64: 1e-10).
-
-        Raises:
-            RuntimeError: if they do not converge.
-        """
-        positive(damping)
-        kind = self.to_scipy().dtype
-        shifted = LinearOperator(
-            (self.dim, self.dim), matvec=lambda x: self.to_scipy().matvec(x) + damping * x, dtype=kind
-        )
-        tolerance = 1e-10 if kind == np.float64 else 1e-6
-
-        def inverse(x: Tensor) -> Tensor:
-            columns = []
-            for c in x.reshape(self.dim, -1).T:
-                solution, failed = cg(shifted, c.cpu().numpy(), rtol=tolerance, maxiter=10 * self.dim)
-                if failed:
-                    raise RuntimeError(f"conjugate gradients did not converge at damping={damping}; raise the damping.")
-                columns.append(torch.from_numpy(solution).to(x))
-            return torch.stack(columns, 1).reshape(x.shape)
-
-        with one_blas_thread():
-            return self._apply(inverse, v)
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("trace", "frobenius_norm", "logdet", "sample"):
+            raise NeedsRows(
+                f"{name} needs all rows of V, but this GGN is matrix-free with top={self.top} eigenpairs. Use "
+                "LowRankGGN(matrix_free=False) with fewer samples or parameters, or density() for the spectrum."
+            )
+        raise AttributeError(f"MatrixFreeGGN has no attribute '{name}'.")
