@@ -127,7 +127,7 @@ class _BatchNorm(torch.autograd.Function):
             return _per_channel(x, scale) * g, *(None,) * 7
         if ctx.gates.closed:  # with constant statistics it is the backward of the eval mode; Σ g x̂ and Σ g besides
             dx, second, first = torch.ops.aten.native_batch_norm_backward(
-                g, x, weight, mean, invstd**-2 - ctx.eps, None, None, False, ctx.eps, [True] * 3
+                g, x, weight, mean, invstd**-2 - ctx.eps, mean, invstd, False, ctx.eps, [True] * 3
             )
             handle = torch.stack([first, second]) * _factors(scale, invstd) if ctx.needs_input_grad[3] else None
             affine = (

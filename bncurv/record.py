@@ -13,11 +13,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from traceback import walk_stack
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -110,16 +112,18 @@ def _check_pair(name: str, kind: str, x: Tensor, expected: Tensor, y: Tensor) ->
     )
 
 
-def _plain_wanted() -> bool:
+def _plain_wanted(x: Tensor, *affine: Tensor | None) -> bool:
     """Whether a BatchNorm must run ungated: where PyTorch differentiates it otherwise than by one recorded graph.
 
-    Inside ``torch.utils.checkpoint`` the second run must save the same tensors; ``torch.func`` transforms and
-    forward-mode differentiation have rules for PyTorch's own BatchNorm only.
+    Inside ``torch.utils.checkpoint`` the second run must save the same tensors; ``torch.func`` transforms (asked for
+    as `torch.autograd.Function` does) and forward-mode differentiation have rules for PyTorch's own BatchNorm only.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    checkpointing = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return checkpointing or transformed or torch.autograd.forward_ad._current_level >= 0
+    callers = (frame.f_globals.get("__name__") for frame, _ in walk_stack(None))
+    return (
+        torch._C._are_functorch_transforms_active()
+        or any(unpack_dual(t).tangent is not None for t in (x, *affine) if t is not None)
+        or "torch.utils.checkpoint" in callers
+    )
 
 
 class Mark(NamedTuple):
@@ -204,8 +208,9 @@ class Recorder(TorchFunctionMode):
         if layer is None or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **(kwargs or {})}
-        if func is nnf.batch_norm and arguments.get("training", False) and not _plain_wanted():
-            return self._batch_norm(arguments)
+        if func is nnf.batch_norm and arguments.get("training", False):
+            if not _plain_wanted(arguments["input"], arguments.get("weight"), arguments.get("bias")):
+                return self._batch_norm(arguments)
         output = func(*args, **(kwargs or {}))
         if layer.accepts(arguments):
             self._mark(output, layer, arguments)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 GLOBAL_HOOKS = [name for name in vars(torch_module) if name.startswith("_global_")]
+# newer than the oldest PyTorch that is supported: there, hooks left behind are not seen
+SAVED_TENSOR_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)
 
 
 def value(t: Tensor | None) -> Any:
@@ -29,7 +31,7 @@ def of_process() -> dict[str, Any]:
         **{name: list(h) if isinstance(h, dict) else h for name, h in hooks.items()},
         "function modes": torch._C._len_torch_function_stack(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
-        "saved-tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "saved-tensor hooks": SAVED_TENSOR_HOOKS(True),
         "random state": value(torch.get_rng_state()),
         "python's random state": random.getstate(),
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
