@@ -6,28 +6,31 @@
 # and other versions than the pinned ones by   make demo CONSTRAINTS=/dev/null
 
 PYTHON ?= python3
+PYTHON_LOWEST ?= python3.10
+VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,dev
 PIP_FLAGS ?=
 ARGS ?=
-PY := .venv/bin/python
+PY := $(VENV)/bin/python
 
 # Threads that wait do not spin: on cores shared with other programs, spinning makes PyTorch's small
 # parallel loops more than ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo experiments test test-slow lint bench notebooks clean
+.PHONY: help venv demo experiments test test-slow test-lowest test-newest lint bench notebooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-12s %s\n", $$1, $$2}'
 
-venv: .venv/.installed ## create .venv with everything that the targets below need
+venv: $(VENV)/.installed ## create .venv with everything that the targets below need
 
 # torch goes first and alone: the rest then finds it installed and never reaches for another build.
-.venv/.installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv .venv
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) torch
-	$(PY) -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e ".[test,dev]"
+	$(PY) -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: venv ## train a small BatchNorm ResNet on digits and show its exact curvature (under a minute)
@@ -41,6 +44,15 @@ test: venv ## the whole default test suite
 
 test-slow: venv ## the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
+
+# Both install a torch of their own, which may be a CUDA build of several GB. No part of CI.
+test-lowest: ## the default suite with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) test VENV=.venv-lowest PYTHON=$(PYTHON_LOWEST) CONSTRAINTS=constraints-lowest.txt EXTRAS=test
+
+test-newest: ## the default suite with the newest versions that pip finds, in .venv-newest
+	@rm -f .venv-newest/.installed
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null EXTRAS=test \
+		PIP_FLAGS="$(PIP_FLAGS) --upgrade --upgrade-strategy eager"
 
 lint: venv ## ruff on everything, mypy on the package
 	$(PY) -m ruff check .
@@ -66,5 +78,5 @@ endef
 export EXECUTE
 
 clean: ## remove the environment, caches and what the experiments wrote
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
+	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -249,7 +249,7 @@ def find_loss(loss_fn: nn.Module) -> Loss:
         what = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
         raise TypeError(
             f"The loss is {what}; bncurv knows the Hessian factor of the modules {known}. Use one of these, or add "
-            "yours with bncurv.register_loss (README, 'Add a loss')."
+            "yours with bncurv.register_loss (README, 'Extend it')."
         )
     if getattr(loss_fn, "reduction", "mean") not in ("mean", "sum"):
         raise ValueError(

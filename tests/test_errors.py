@@ -622,7 +622,7 @@ COMPOSED = {
     "weak_decay": lambda model, output, loss: loss + decay(model, 1e-4),
     "one_parameter": lambda model, output, loss: loss + 1e-2 * model[3].weight.abs().sum(),
     "output_penalty": lambda model, output, loss: loss + 1e-3 * output.square().mean(),
-    "other_loss": lambda model, output, loss: loss + F.mse_loss(output, F.one_hot(labels()) * 1.0),
+    "other_loss": lambda model, output, loss: loss + F.mse_loss(output, F.one_hot(labels()).to(output)),
     "exponential": lambda model, output, loss: loss.exp() + decay(model, 1e-2),
 }
 

@@ -1,0 +1,43 @@
+"""What pyproject.toml claims is what `make test-lowest` installs; private names of PyTorch are few and known."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CODE = {path: path.read_text() for path in (ROOT / "bncurv").rglob("*.py")}
+
+# What PyTorch has no public name for. Each exists in the oldest version that we support: see `make test-lowest`.
+PRIVATE = {
+    "torch._C._are_functorch_transforms_active",  # what autograd.Function asks before it runs
+    "torch._batch_norm_impl_index",  # the kernels behind F.batch_norm, with the statistics that they found
+    "torch.ops.aten._batch_norm_impl_index_backward",
+    "torch._dynamo",  # whether the compiler has been imported
+    "torch._disable_dynamo",  # torch.compiler.disable, without importing the compiler
+    "torch.autograd.Variable._execution_engine",  # its queue_callback: when backward() has ended
+    "torch_module._global_forward_hooks_with_kwargs",  # the handle's remove() leaves an entry there
+}
+
+
+def lower_bounds(pyproject: str) -> dict[str, str]:
+    """Of the dependencies and of the extras that the tests need."""
+    lists = re.findall(r"^(?:dependencies|examples) = \[.*?^\]", pyproject, re.MULTILINE | re.DOTALL)
+    lists += re.findall(r"^test = .*$", pyproject, re.MULTILINE)
+    return dict(re.findall(r'"([\w-]+)>=([\d.]+)"', "".join(lists)))
+
+
+def test_lowest_versions_are_the_claimed_ones():
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE))
+    del pinned["torchvision"]  # BackPACK's, no dependency of ours
+    assert pinned == lower_bounds((ROOT / "pyproject.toml").read_text())
+
+
+def test_private_names_of_pytorch_are_known():
+    pattern = r"\btorch[\w.]*\._(?!_)\w+|\bfrom torch[\w.]* import .*\b_\w+"
+    assert {name for text in CODE.values() for name in re.findall(pattern, text)} == PRIVATE
+
+
+def test_headings_that_messages_point_at_exist():
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    joined = [re.sub(r'"\s+f?"', "", text) for text in CODE.values()]  # strings that go on in the next line
+    named = [name for text in joined for name in re.findall(r"README[\w.]*,? '([^']+)'", text)]
+    assert named and set(named) <= set(headings)
