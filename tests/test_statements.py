@@ -27,7 +27,6 @@ TO_COME = {
     "edge_of_stability",
     "explosion",
     "halfspace_gdnp",
-    "identities",
     "karakida",
     "laplace",
     "mc_diag",
@@ -40,10 +39,9 @@ TO_COME = {
     "real_data",
     "smoothness",
     "spectrum_training",
-    "structure",
 }
 WRITTEN = [name for name in statements.scripts() if name not in TO_COME]
-FAST: set[str] = set()  # quick runs that belong into the default suite; the others are marked slow
+FAST = {"identities", "inference", "structure"}  # quick runs that belong into the default suite; the others are marked slow
 
 
 # --- the catalogue --------------------------------------------------------------------------------

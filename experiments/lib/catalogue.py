@@ -46,7 +46,7 @@ _ALL = [
         "share of ‖∂F/∂X‖² off the diagonal: 0 exactly in eval mode; in train mode slope -0.94 ± 0.1 in log N",
     ),
     Statement(
-        "D2", "identities",
+        "D2", "structure",
         "The code is a family of functions, one per batch size n",
         "n = 1: clear error; n = 2 and ε = 0: ∂F/∂W below a BatchNorm < 1e-8; n = 2 and ε = 1e-5: > 1e-5",
     ),
@@ -204,12 +204,12 @@ _ALL = [
         "Ioffe & Szegedy 2015",
     ),
     Statement(
-        "W3", "identities",
+        "W3", "inference",
         "Inference: E[x] = E_B[μ_B], Var[x] = m/(m-1) E_B[σ_B²]",
         "4000 batches of m = 10 from N(0, 1): E_B[σ_B²] m/(m-1) within 1 ± 0.03; torch keeps the unbiased one",
     ),
     Statement(
-        "W4", "identities",
+        "W4", "inference",
         "At inference BatchNorm is affine",
         "folded into the layer below: outputs equal to 1e-12; diag GGN of the eval network = the chain rule's "
         "transform of the folded network's to 1e-10",
@@ -404,13 +404,13 @@ _ALL = [
         "exponent of its time in m and in d: 1 ± 0.3",
     ),
     Statement(
-        "G6", "identities",
+        "G6", "inference",
         "Running statistics: momentum · old + (1 - momentum) · batch, momentum 0.9 or 0.99",
         "Keras' convention; torch has (1 - momentum) · old + momentum · batch with 0.1: running mean = 0.1 · mean "
         "after one step",
     ),
     Statement(
-        "G7", "identities",
+        "G7", "inference",
         "Population variance by the factor m/(m-1)",
         "torch's running variance of one batch (momentum 1) = m/(m-1) σ² to 1e-12",
     ),

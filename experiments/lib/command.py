@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import bncurv
 from lib import figures
-from lib.statements import Row, statements_of
+from lib.statements import CATALOGUE, Row, statements_of
 
 T = TypeVar("T")
 OUT = Path(__file__).parents[1] / "output"
@@ -96,6 +96,7 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
     with defaults(run.seed), figures.style(), tqdm(desc=run.name, unit="", bar_format=BAR) as run.bar:
         rows = list(experiment(run))
     complain(run.name, rows)
+    rows.sort(key=lambda row: list(CATALOGUE).index(row.id))
     for row in rows:
         print(row)
     path = write(run, rows, time.perf_counter() - start)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import bncurv
 
+TINY = 1e-300  # an ε that is zero beside any variance; torch refuses 0 itself
+
 Batch = tuple[Tensor, Tensor]
 Device = str | torch.device
 Norm = Literal["bn", "ln", "gn", "none"]
@@ -241,4 +243,4 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """‖a - b‖ / ‖b‖."""
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
