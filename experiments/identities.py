@@ -102,7 +102,7 @@ def moments_move() -> Iterator[Row]:
             v = u + b
             mean = v.mean().detach() if kind == "held constant" else v.mean()
             loss = (v - mean - target).square().mean() / 2
-            losses.append(float(loss))
+            losses.append(loss.item())
             with torch.no_grad():
                 b -= 0.1 * grad(loss, b)[0]
         ends[kind] = (abs(float(b)), abs(losses[-1] - losses[0]))
