@@ -16,6 +16,7 @@ from bncurv.checks import batches, check_input, check_options, check_output, che
 from bncurv.graph import trace
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import find_loss
+from bncurv.marks import plain_tensor
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 from bncurv.untouched import left_as_is, set_aside
@@ -132,4 +133,4 @@ def _forward(model: nn.Module, X: Any, y: Tensor, wanted: Mapping[str, Tensor]) 
     check_input(X, y)
     output = model(X.to(next(iter(wanted.values())).device) if isinstance(X, Tensor) else X)
     check_output(output, y, wanted)
-    return output
+    return plain_tensor(output)

@@ -7,7 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bncurv.blocks import Batch, WholeBatch
+from bncurv.blocks import Batch
+from bncurv.checks import check_precision
 from bncurv.engine import Engine
 from bncurv.quantities import Quantity
 
@@ -33,19 +34,17 @@ def compute(
     Returns:
         For each quantity's field its part, and the engine that made them.
     """
+    check_precision(batch.trace)
     asked = {q.field: q.sources(batch) for q in quantities}
     sources = {key: source for wants in asked.values() for key, source in wants.items()}
-    columns = {key: s.columns_per_sample for key, s in sources.items() if not isinstance(s, WholeBatch)}
     keep_own = any(q.coupled_only for q in quantities)
     if keep_own and method == "auto":
         method = "coupled"
-    squares = {key for key in columns if all(q.squares_only for q in quantities if key in asked[q.field])}
-    total = sum(columns.values())
-    engine = Engine(batch, method, total, chunk_size, bar.update, tol, keep_own, squares)
-    whole = sum(len(s.cotangents) for s in sources.values() if isinstance(s, WholeBatch))
-    bar.total = (bar.total or 0) + engine.planned(total) + whole
+    squares = {key for key in sources if all(q.squares_only for q in quantities if key in asked[q.field])}
+    engine = Engine(batch, sources, method, chunk_size, bar.update, tol, keep_own, squares)
+    bar.total = (bar.total or 0) + engine.planned
     states = {q.field: q.start(batch) for q in quantities}
-    for key, rows in engine.pull(sources):
+    for key, rows in engine.pull():
         for q in quantities:
             if key in asked[q.field]:
                 q.add(states[q.field], key, rows)

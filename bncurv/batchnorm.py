@@ -55,6 +55,11 @@ class BatchNormCoupling(Coupling):
         return channel, torch.where(_per_channel(x, coordinates < channels), 1 / m, slope).transpose(0, 1)
 
     @functools.cached_property
+    def offset(self) -> float:  # type: ignore[override]
+        """Largest |mean| invstd."""
+        return float((self._mean * self._invstd).abs().amax())
+
+    @functools.cached_property
     def normalised(self) -> Tensor:
         """x̂, kept while the graph lives."""
         return (self._x - _per_channel(self._x, self._mean)) * _per_channel(self._x, self._invstd)
@@ -87,6 +92,8 @@ class BatchNormCoupling(Coupling):
 class _Moments(torch.autograd.Function):
     """``x → (mean, biased variance) [2, channel]``; the values come from the fused forward."""
 
+    is_linear = True  # its backward pass
+
     @staticmethod
     def forward(ctx, x, mean, invstd, eps):
         ctx.save_for_backward(x, mean)
@@ -105,6 +112,8 @@ class _Moments(torch.autograd.Function):
 
 class _BatchNorm(torch.autograd.Function):
     """Train-mode batch normalisation, PyTorch's own kernels, with a gate before the statistics."""
+
+    is_linear = True  # its backward pass
 
     @staticmethod
     def forward(ctx, x, weight, bias, handle, running, momentum, eps, gates):
@@ -179,5 +188,3 @@ def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tens
         fixed = None if weight is None else weight.detach()
         coupling = BatchNormCoupling(name, statistics, gates, handle, x.detach(), mean, invstd, fixed)
     return y, coupling, {"mean": mean, "invstd": invstd}
-
-

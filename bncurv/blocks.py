@@ -51,6 +51,10 @@ class Source(Protocol):
         """Columns ``c`` of all samples, each in its own row: ``[c, n, *output]``."""
         ...
 
+    def mixture(self) -> Tensor:
+        """Σ_c w[n, c] s_(n, c) with fixed weights without a visible order, ``[n, *output]``."""
+        ...
+
 
 @dataclass(frozen=True)
 class WholeBatch:
@@ -86,6 +90,16 @@ class Correction:
             by_channel = rows.view(*rows.shape[:2], p.shape[1], -1)
             for moment in range(len(p)):
                 by_channel.addcmul_(a[n, :, moment, :, None], p[moment].reshape(p.shape[1], -1))
+
+    def summed(self) -> Tensor | float:
+        """Summed over samples and columns, ``[*p]``."""
+        total: Tensor | float = 0.0
+        if self.A is not None and self.P is not None:
+            total = torch.tensordot(self.A.sum((0, 1)), self.P, 1)
+        for a, p in self.direct:
+            by_channel = a.sum((0, 1))  # [moment, o]
+            total = total + (by_channel.view(*by_channel.shape, *(1,) * (p.dim() - 2)) * p).sum(0)
+        return total
 
     def dense(self) -> tuple[Tensor, Tensor] | None:
         """All of it as one pair ``A [n, c, R]``, ``P [R, p]``; ``None`` if there is nothing."""

@@ -1,68 +1,90 @@
 """The certificate: with the gates closed, no sample may feel another.
 
 The pull-back with constant statistics is block-diagonal over samples if and only if scaling sample n's cotangent by t_n
-scales all gradients of sample n by t_n and does nothing else. That is checked at every recorded layer, for all pairs of
-samples: coupling of m with n leaves (t_m / t_n - 1) J_nm u_m behind. The t_n are powers of two, by which rounding
-commutes: without coupling nothing at all is left, also where a gradient cancels down to rounding. Two samples differ in
-at least one base-32 digit of their indices, one pass per digit. Coupling weaker than `TOLERANCE` is as little harm.
-What mixes samples is named by module.
+scales all gradients of sample n by t_n and does nothing else. That is checked at every recorded layer, row by row, for
+all pairs of samples: coupling of m with n leaves (t_m / t_n - 1) J_nm u_m behind in row n. The t_n are powers of two,
+by which rounding commutes: without coupling nothing at all is left, also where a gradient cancels down to rounding.
+They are 2^digit / loudness: two samples differ in at least one base-32 digit of their indices, one pass per digit; and
+the loudness, sample n's largest gradient, makes what a quiet sample leaves in a loud one's row as large as it is beside
+its own. The cotangents u are the loss' own columns, mixed: what they don't reach plays no part.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.graph import Trace
+from bncurv.precision import COUPLED
+from bncurv.probes import loudness, pattern, power_of_two
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 BASE = 32
+Gradients = list[Tensor | None]
 
 
-def _leaks(
-    output: Tensor | GradientEdge, shape: torch.Size, edges: list[GradientEdge], samples: int, like: Tensor
-) -> bool:
-    """Whether scaling the cotangents of ``output [n·t, ...]`` per sample does more than scale those at ``edges``."""
-    u = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
-    index = torch.arange(samples, device=u.device)
+def leaks(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, samples: int) -> bool:
+    """Whether scaling the cotangents ``u [n·t, ...]`` per sample does more than scale their gradients.
 
-    def pull(t: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(output, edges, t, retain_graph=True, allow_unused=True)
-
-    plain, place = pull(u), 1
+    Args:
+        pull: an ordinary backward pass.
+        u: cotangents, sample by sample.
+        plain: their gradients, ``[n·t, ...]`` each; others are passed over.
+        samples: N.
+    """
+    checked = [i for i, p in enumerate(plain) if p is not None and p.numel() and p.shape[0] % samples == 0]
+    before = [_by_sample(plain[i], samples) for i in checked]
+    if not before:
+        return False
+    sizes = [loudness(p) for p in before]
+    equal = 1 / power_of_two(torch.stack(sizes).amax(0))
+    digits, place = torch.arange(samples, device=u.device), 1
     while place < samples:
-        scale = (2.0 ** (index // place % BASE)).to(like)
-        rows = scale.repeat_interleave(shape[0] // samples).view(-1, *(1,) * (len(shape) - 1))
-        for p, scaled in zip(plain, pull(rows * u), strict=True):
-            if p is None or scaled is None or p.shape[0] % samples:
-                continue
-            p, scaled = p.reshape(samples, -1), scaled.reshape(samples, -1)
-            difference = torch.linalg.vector_norm(scaled / scale[:, None] - p, dim=1).max()
-            if bool(difference > TOLERANCE[like.dtype] * torch.linalg.vector_norm(p, dim=1).max()):
+        scale = torch.ldexp(equal, digits // place % BASE)
+        scaled = pull(u * scale.repeat_interleave(len(u) // samples).view(-1, *(1,) * (u.dim() - 1)).to(u.dtype))
+        for i, p, size in zip(checked, before, sizes, strict=True):
+            after = scaled[i]
+            left = size if after is None else loudness(_by_sample(after, samples) / scale[:, None].to(p.dtype) - p)
+            if bool((left > COUPLED[p.dtype] * size).any()):
                 return True
         place *= BASE
     return False
 
 
-def find_mixing(output: Tensor, trace: Trace, sites: list[int], samples: int) -> str | None:
+def _by_sample(p: Tensor | None, samples: int) -> Tensor:
+    assert p is not None
+    return p.reshape(samples, -1)
+
+
+def find_mixing(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, trace: Trace) -> str | None:
     """Look for coupling between samples that the gates do not cover; call with the gates closed.
 
     Args:
-        output: the model's output ``[N, ...]``.
+        pull: an ordinary backward pass from the model's output to the recorded calls to watch.
+        u: cotangents ``[n, *output]``.
+        plain: their gradients.
         trace: the recorded graph.
-        sites: indices of the recorded calls to watch.
-        samples: N.
 
     Returns:
-        ``None`` if there is none, else a sentence naming the first module after which samples are mixed.
+        ``None`` if there is none, else a sentence with the cause: the first module after which samples are mixed.
     """
-    edges = [trace.sites[j].edge for j in sites]
-    if samples == 1 or not edges or not _leaks(output, output.shape, edges, samples, output):
+    samples = len(u)
+    if samples == 1 or not leaks(pull, u, plain, samples):
         return None
+    if trace.ungated:
+        return trace.ungated[0]
     name = "behind the last one"
+    edges = [site.edge for site in trace.sites]
     for module, shape, edge in trace.modules:
-        if shape and shape[0] % samples == 0 and _leaks(edge, shape, edges, samples, output):
-            name = f"'{module}'"
-            break
+        if shape and shape[0] and shape[0] % samples == 0:
+
+            def from_here(v: Tensor, edge: GradientEdge = edge) -> Gradients:
+                return list(torch.autograd.grad(edge, edges, v, retain_graph=True, allow_unused=True))
+
+            v = pattern(shape, u)
+            if leaks(from_here, v, from_here(v), samples):
+                name = f"'{module}'"
+                break
     return f"the samples of the batch are mixed in or before module {name}, other than by a known coupled layer."

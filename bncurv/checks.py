@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bncurv.graph import Trace
 from bncurv.quantities import Quantity
+from bncurv.slow import listed
 
 
 def check_quantities(quantities: Iterable[Any]) -> None:
@@ -127,3 +129,17 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> None:
         )
     if not output.requires_grad:
         raise ValueError("the model's output depends on no parameter that requires grad (forward under no_grad?).")
+
+
+def check_precision(trace: Trace) -> None:
+    """Raise TypeError where a part of the model computes in half precision.
+
+    Raises:
+        TypeError: with the modules' names.
+    """
+    if trace.lowered:
+        raise TypeError(
+            f"Module(s) {listed(dict.fromkeys(trace.lowered))} compute in half precision inside the model (autocast, "
+            "or a cast in the code), which loses the digits that curvature needs. Switch autocast off around the call, "
+            "or cast these modules to float32."
+        )

@@ -22,19 +22,22 @@ backpropagates all N·C columns with open gates. Both are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from bncurv.agreement import Sum, disagreeing, largest
 from bncurv.blocks import Batch, Correction, Rows, Source, Squares, WholeBatch
 from bncurv.budget import chunks
 from bncurv.certificate import find_mixing
 from bncurv.costs import Costs
 from bncurv.directions import Directions
-from bncurv.passes import Passes
+from bncurv.passes import Passes, vjp
+from bncurv.precision import ROUNDING
 from bncurv.products import Products
-from bncurv.slow import warn_slow
+from bncurv.slow import listed, user_level, warn_slow
 from bncurv.structure import Structure
 from bncurv.truncation import TruncatedDirections
 
@@ -44,11 +47,11 @@ class Engine:
 
     Args:
         batch: the recorded forward pass.
+        sources: what to pull back, by key.
         method: ``"auto"``, ``"coupled"`` or ``"dense"``.
-        columns: total number of columns per sample that will be asked for; informs ``"auto"``.
         chunk_size: most vectors (cotangents of the batch, rows of V) held at once; ``None`` chooses by bytes.
         tick: called with the number of backward passes just done.
-        tol: relative tail of the coupling that may be dropped (``directions.py``); 0: none.
+        tol: relative tail of the coupling that may be dropped (``truncation.py``); 0: none.
         keep_own: hand out the squared norm of the own part with each block.
         squares: keys of the sources of which `Squares` are enough.
 
@@ -57,14 +60,15 @@ class Engine:
         error: with ``tol``, the estimated Frobenius norm of what was dropped from V, by parameter name.
 
     Raises:
-        RuntimeError: with ``method="coupled"`` if samples are mixed by something that is not a known coupling.
+        RuntimeError: with ``method="coupled"`` if samples are mixed by something that is not a known coupling; where
+            the backward passes are not those of a linear map.
     """
 
     def __init__(
         self,
         batch: Batch,
+        sources: Mapping[str, Source | WholeBatch],
         method: str = "auto",
-        columns: int = 1,
         chunk_size: int | None = None,
         tick: Callable[[int], object] = int,
         tol: float = 0.0,
@@ -73,16 +77,19 @@ class Engine:
     ) -> None:
         self.output, self.wanted, self.trace = batch.output, dict(batch.parameters), batch.trace
         self.samples = batch.samples
-        self._keep_own, self._squares, self._columns, self._tol = keep_own, squares, columns, tol
+        self._whole = {key: s for key, s in sources.items() if isinstance(s, WholeBatch)}
+        self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch)}
+        self._columns = sum(s.columns_per_sample for s in self._sources.values())
+        self._method, self._keep_own, self._squares, self._tol = method, keep_own, squares, tol
         self.structure = Structure(self.trace, self.wanted)
         centred = () if keep_own or tol else self.structure.sole  # these need the own part and the mean's directions
         self.products = Products(self.trace, self.structure, self.wanted, self.samples, centred, keep=not chunk_size)
-        self.costs = Costs(self.trace, self.structure, self.products, columns, bool(squares), chunk_size)
+        self.costs = Costs(self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size)
         self._passes = Passes(self.output, self.trace, self.structure, tick)
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
         self._slow = self._without_product()
-        self.way = self._choose(method)
+        self.way = self._choose()
 
     @property
     def passes(self) -> int:
@@ -99,43 +106,120 @@ class Engine:
                 slow.append(name)
         return slow
 
-    def _choose(self, method: str) -> str:
-        if method == "dense":
+    def _choose(self) -> str:
+        if self._method == "dense":
             return "dense"
         if self._slow and self._columns:
             warn_slow(
-                f"No parameter product for {', '.join(map(repr, self._slow))} (used outside the layer table): exact, "
-                "but by one backward pass per component (slow). Leave them out with params=..., or add the layer "
-                "with bncurv.register_layer."
+                f"No parameter product for {listed(self._slow)} (used outside the layer table, or on rows that are no "
+                "samples): exact, but by one backward pass per component (slow). Leave them out with params=..., or "
+                "add the layer with bncurv.register_layer."
             )
-        if method == "auto" and (not self._columns or self.costs.dense() <= self.costs.coupled(self._slow)):
+        if not self._columns:
+            return "dense"
+        if self._method == "auto" and self.costs.dense() <= self.costs.coupled(self._slow) and not self._offset():
             return "dense"
         problem = self._mixing()
-        if problem and method == "coupled":
+        if problem and self._method == "coupled":
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
         return "dense" if problem else "coupled"
 
+    @property
+    def _u(self) -> Tensor:
+        """All columns of all sources mixed, ``[n, *output]``: a probe that is nothing else than what is pulled."""
+        return torch.stack([source.mixture() for source in self._sources.values()]).sum(0)
+
+    def _offset(self) -> bool:
+        """Whether an ordinary pass loses ten times as many digits as the coupled way's centred products.
+
+        Below a BatchNorm Σ_s δ_s = 0 but for rounding, which an ordinary pass multiplies by the mean of the layer's
+        input; the loss shows where that is far from zero in units of the standard deviation.
+        """
+        for j, i in self.structure.direct.items():
+            offset = self.trace.sites[j].coupling.offset
+            if i is None or i not in self.products.centred or offset <= ROUNDING:
+                continue
+            call = self.trace.sites[i].call
+            (delta,) = vjp([self.output], [self.trace.sites[i].edge], [self._u[None]])
+            if delta is None or "weight" not in call.parameters:
+                continue
+            rows = call.layer.left("weight", call.arguments, delta)  # [1, n, g, o, s]
+            left_over = largest(rows.sum((1, 4))) * largest(self.products.mean(i, "weight"))
+            truth = largest(self.products.summed_at(i, "weight", delta))
+            if left_over > torch.finfo(rows.dtype).eps * offset * truth:
+                return True
+        return False
+
     def _mixing(self) -> str | None:
+        """What mixes samples beside the known couplings, if anything does; keeps its probe for `_disagreeing`."""
         for site in self.trace.sites:
             if site.mark.coupling and site.mark.rows % self.samples:
                 return (
                     f"the input of '{site.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
                     f"of the {self.samples} samples, so its rows cannot be told apart by sample."
                 )
-        with self._passes.closed():
-            watched = sorted({*self.structure.calls_in(-1), *self.structure.couplings})
-            return find_mixing(self.output, self.trace, watched, self.samples)
+        watched = sorted({*self.structure.calls_in(-1), *self.structure.couplings})
+        edges = self.structure.edges(watched)
+        u = self._u
 
-    def planned(self, columns: int) -> int:
-        """Backward passes that ``columns`` columns per sample will take."""
-        if not columns:
-            return 0
+        def pull(v: Tensor) -> list[Tensor | None]:
+            return [None if d is None else d[0] for d in vjp([self.output], edges, [v[None]])] if edges else []
+
+        with self._passes.closed():
+            if not self.trace.plain:
+                self._passes.demand_linear(edges, u)
+            delta = pull(u)
+            self._probe = u, {j: None if d is None else d[None] for j, d in zip(watched, delta, strict=True)}
+            return find_mixing(pull, u, delta, self.trace)
+
+    def _disagreeing(self, names: list[str], directions: Directions | TruncatedDirections) -> list[str]:
+        """Those of the parameters for which the coupled way is not what an ordinary pass is; they go the dense way."""
+        u, delta = self._probe
+        directions.read(delta, 1)
+        coupled = {}
+        for name in names:
+            own, rest = self.products.summed(name, delta, 1, {})[0], directions.correction(name).summed()
+            slack = ROUNDING * self.error.get(name, 0.0)
+            coupled[name] = Sum(own + rest, largest(own) + largest(torch.as_tensor(rest)), slack)
+
+        def pull(v: Tensor) -> dict[str, Tensor]:
+            got = vjp([self.output], [self.wanted[n] for n in names], [v[None]])
+            return {n: self.products.zeros(n) if g is None else g[0] for n, g in zip(names, got, strict=True)}
+
+        found = disagreeing(pull, u, coupled, lambda name: self.products.terms(name, delta))
+        lost = [name for name, difference in found.items() if difference.cancelled]
+        unseen = [name for name in found if name not in lost]
+        if unseen:
+            warn_slow(
+                f"For {listed(unseen)} the coupled way differs from an ordinary backward pass "
+                f"({max(found[n].size for n in unseen):.0e} relative): something acts on gradients unseen, such as a "
+                "hook on a node of the graph. Taking the dense way for them: exact, one backward pass per component."
+            )
+        if lost and self._method == "coupled":
+            warnings.warn(f"Cancellation: the coupled way loses digits for {listed(lost)} "
+                          f"({max(found[n].size for n in lost):.0e} relative). Use method='auto' or 'dense'.",
+                          stacklevel=user_level())  # fmt: skip
+            return unseen
+        if lost:
+            warn_slow(
+                f"The coupled way loses digits for {listed(lost)} to cancellation "
+                f"({max(found[n].size for n in lost):.0e} relative; few values per channel of a BatchNorm?). Taking "
+                "the dense way for them: one backward pass per component."
+            )
+        return unseen + lost
+
+    @property
+    def planned(self) -> int:
+        """Backward passes that the sources will take."""
+        whole = sum(len(s.cotangents) for s in self._whole.values())
+        if not self._columns:
+            return whole
         if self.way == "dense":
-            return self.samples * columns
+            return whole + self.samples * self._columns
         directions = sum(self.structure.width[j] for j, below in self.structure.below.items() if below)
-        return columns + directions + (self.samples * columns if self._slow else 0)
+        return whole + self._columns + directions + (self.samples * self._columns if self._slow else 0)
 
     # ---------------------------------------------------------------- the two ways
     def pull_whole(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
@@ -146,28 +230,31 @@ class Engine:
         return {n: self.products.zeros(n, count) if g is None else g for n, g in zip(names, got, strict=True)}
 
     @torch.no_grad()
-    def pull(self, sources: Mapping[str, Source | WholeBatch]) -> Iterator[tuple[str, Rows | Squares]]:
+    def pull(self) -> Iterator[tuple[str, Rows | Squares]]:
         """All rows of V of all sources, in blocks, each with its source's key."""
-        plain = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch)}
-        for key, source in sources.items():
-            if isinstance(source, WholeBatch):
-                for q in chunks(len(source.cotangents), self.costs.dense_chunk()):
-                    for name, values in self.pull_whole(source.cotangents[q]).items():
-                        yield key, Rows(name, values[None], slice(0, 1), q)
+        for key, whole in self._whole.items():
+            for q in chunks(len(whole.cotangents), self.costs.dense_chunk()):
+                for name, values in self.pull_whole(whole.cotangents[q]).items():
+                    yield key, Rows(name, values[None], slice(0, 1), q)
+        if not self._sources:
+            return
         coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self._slow]
-        for names in self.costs.groups(coupled) if plain else ():
-            yield from self._group(plain, names)  # P of one group at a time: it goes with the generator
         dense = [name for name in self.wanted if name not in coupled]
-        for key, source in plain.items() if dense else ():
+        for names in self.costs.groups(coupled):
+            dense += yield from self._group(names)  # P of one group at a time: it goes with the generator
+        for key, source in self._sources.items() if dense else ():
             for rows in self._dense(source, dense):
                 yield key, rows
 
-    def _group(self, sources: Mapping[str, Source], names: list[str]) -> Iterator[tuple[str, Rows | Squares]]:
-        """The coupled way for some parameters."""
-        directions = self._pull_directions(list(sources.values()), names)
-        for key, source in sources.items():
+    def _group(self, names: list[str]) -> Generator[tuple[str, Rows | Squares], None, list[str]]:
+        """The coupled way for some parameters; gives back those that must go the other."""
+        directions = self._pull_directions(list(self._sources.values()), names)
+        wrong = self._disagreeing(names, directions)
+        names = [name for name in names if name not in wrong]
+        for key, source in self._sources.items() if names else ():
             for block in self._coupled(source, names, directions, key in self._squares):
                 yield key, block
+        return wrong
 
     def _pull_directions(self, sources: list[Source], names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
@@ -189,7 +276,7 @@ class Engine:
                 # cotangent (n, c) is column c in row n, zero elsewhere
                 index = torch.arange(n.start, n.stop, device=columns.device)
                 spread = columns.new_zeros(len(index), *columns.shape)
-                spread[torch.arange(len(index)), :, index] = columns[:, index].transpose(0, 1)
+                spread[torch.arange(len(index), device=index.device), :, index] = columns[:, index].transpose(0, 1)
                 cotangents, own = spread.flatten(0, 1), {}
                 if self._keep_own:
                     with self._passes.closed(sums=True):
@@ -210,10 +297,14 @@ class Engine:
                 correction = directions.correction(name)
                 if squares and self.products.vanishes(name):
                     yield Squares(name, self.products.zeros(name))
-                elif squares and self.costs.factored(name, len(columns)):
+                elif squares and self._factored(name, len(columns), delta, correction):
                     yield Squares(name, self.products.sum_squares(name, delta, len(columns), correction))
                 else:
                     yield from self._rows(name, delta, c, correction, squares)
+
+    def _factored(self, name: str, count: int, delta: Mapping[int, Tensor | None], correction: Correction) -> bool:
+        """Whether the squares come from factors: where that is cheaper, and stays in the dtype's range."""
+        return self.costs.factored(name, count) and self.products.in_range(name, delta, correction)
 
     def _rows(
         self, name: str, delta: dict[int, Tensor | None], c: slice, correction: Correction, squares: bool

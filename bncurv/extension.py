@@ -23,8 +23,9 @@ from bncurv.checks import check_output, check_quantities
 from bncurv.graph import behind, trace
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import LOSSES, find_loss
+from bncurv.marks import MODEL, metadata
 from bncurv.quantities import Quantity
-from bncurv.record import MODEL, Recorder, metadata
+from bncurv.record import Recorder
 from bncurv.slow import warn_slow
 from bncurv.untouched import grads_kept, resting_hooks, set_aside
 

@@ -17,10 +17,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+from bncurv.precision import FORMULA
+from bncurv.probes import pattern
 
 
 class Gates:
@@ -38,6 +42,8 @@ class Gates:
 
 class _Gate(torch.autograd.Function):
     """Identity; closed, it lets no cotangent through."""
+
+    is_linear = True  # its backward pass
 
     @staticmethod
     def forward(ctx, statistics, gates):
@@ -71,12 +77,14 @@ class Coupling(ABC):
         statistics: the batch statistics, a node of the graph above the layer's input.
         gates: the forward pass' gates.
         handle: a leaf that receives `summed` as its gradient in a pass with `Gates.sums`; ``None``: there is none.
+        offset: largest mean of a channelled input in units of its standard deviation: so many digits are lost in it.
         channelled: shape of an input whose every channel (axis 1) has moments of its own, R = moments · channels with
             the moment slowest and a first moment that centring the input removes; ``None``: another kind of statistics.
     """
 
     handle: Tensor | None = None
     channelled: torch.Size | None = None
+    offset: float = 0.0
 
     def __init__(self, name: str, statistics: Tensor, gates: Gates) -> None:
         self.name, self.statistics, self.gates = name, statistics, gates
@@ -147,3 +155,48 @@ def register_coupled(
             module's own output.
     """
     COUPLED[module_class] = CoupledLayer(stats, apply)
+
+
+def recoupled(
+    module: nn.Module, x: Tensor, expected: Tensor, name: str, gates: Gates
+) -> tuple[Tensor, Tensor, Coupling | None]:
+    """`couple` by a registered module's pair, held against the module's own output."""
+    pair = COUPLED[type(module)]
+    stats = lambda t: _one_tensor(pair.stats(module, t), module, name)  # noqa: E731
+    found = couple(stats, lambda t, s: pair.apply(module, t, s), x, name, gates)
+    _check_pair(name, type(module).__name__, x, expected, found[0])
+    return found
+
+
+def _one_tensor(statistics: Any, module: nn.Module, name: str) -> Tensor:
+    if isinstance(statistics, Tensor):
+        return statistics
+    raise TypeError(
+        f"The pair registered for {type(module).__name__}, called as module '{name}': stats returned "
+        f"{type(statistics).__name__}; expected one tensor [*s] (stack several into one)."
+    )
+
+
+def _check_pair(name: str, kind: str, x: Tensor, expected: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless a registered pair reproduces its module, in value and in derivative."""
+    if y.shape != expected.shape:
+        problem = f"output's shape ({tuple(y.shape)} instead of {tuple(expected.shape)})"
+    else:
+        u = pattern(y.shape, y)
+        pulled = [
+            torch.autograd.grad(t, x, u, retain_graph=True, allow_unused=True)[0] if x.requires_grad else None
+            for t in (expected, y)
+        ]
+        derivatives = [torch.zeros_like(x) if g is None else g for g in pulled]
+        tolerance = FORMULA[y.dtype]
+        pairs = {"output": (expected, y), "derivative": tuple(derivatives)}
+        wrong = [what for what, (a, b) in pairs.items() if not (a - b).norm() <= tolerance * (a.norm() + b.norm())]
+        if not wrong:
+            return
+        a, b = pairs[wrong[0]]
+        problem = f"{wrong[0]} by {float((a - b).abs().max()):.2e} (largest difference)"
+    raise ValueError(
+        f"The pair registered for {kind} does not reproduce module '{name}': it misses the {problem}. "
+        "apply(module, x, copies) with copies = stats(module, x) expanded to one per sample must equal module(x). "
+        "Correct the pair given to bncurv.register_coupled."
+    )

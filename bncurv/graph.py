@@ -8,10 +8,24 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from bncurv.gate import Coupling
-from bncurv.record import MARK, MODEL, RETAINED, Call, Mark, edges_below, metadata
+from bncurv.marks import (
+    HOOKED,
+    LOWERED,
+    MARK,
+    MODEL,
+    MODULE,
+    RECOMPUTED,
+    RETAINED,
+    UNGATED,
+    Call,
+    Mark,
+    edges_below,
+    metadata,
+)
 
 
 @dataclass
@@ -49,12 +63,20 @@ class Trace:
         modules: outputs of modules: name, shape and edge.
         loose: parameters used outside the marked calls.
         takers: how many inputs of the graph's nodes a node's output feeds.
+        hooked: edges of tensors with a hook of the model's own code.
+        ungated: what runs a coupled layer without a gate, a sentence each.
+        lowered: modules whose output is in half precision, or was cast down to it.
+        plain: whether PyTorch's own nodes are all there is, without hooks seen: their passes are linear.
     """
 
     sites: list[Site] = field(default_factory=list)
     modules: list[tuple[str, torch.Size, GradientEdge]] = field(default_factory=list)
     loose: list[Tensor] = field(default_factory=list)
     takers: Counter[tuple[Node, int]] = field(default_factory=Counter)
+    hooked: set[tuple[Node, int]] = field(default_factory=set)
+    ungated: list[str] = field(default_factory=list)
+    lowered: list[str] = field(default_factory=list)
+    plain: bool = True
 
 
 def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
@@ -89,13 +111,25 @@ def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
             found.sites.append(Site(mark, GradientEdge(node, mark.output_nr), upstream))
             upstream |= 1 << (len(found.sites) - 1)
         reach[node] = upstream
-        module = metadata(node).get("bncurv.module")
-        if module:
-            found.modules.append((module[0], module[1], GradientEdge(node, module[2])))
+        _take_notes(found, node)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in ids:
             found.loose.append(variable)
     return found
+
+
+def _take_notes(found: Trace, node: Node) -> None:
+    """What the recorder noted at one node."""
+    notes = metadata(node)
+    module = notes.get(MODULE)
+    if module:
+        found.modules.append((module[0], module[1], GradientEdge(node, module[2])))
+    found.hooked |= {(node, output_nr) for output_nr in notes.get(HOOKED, ())}
+    found.ungated += notes.get(UNGATED, ())
+    found.lowered += notes.get(LOWERED, ())
+    foreign = isinstance(node, BackwardCFunction) and not getattr(node._forward_cls, "is_linear", False)
+    if foreign or HOOKED in notes or RECOMPUTED in notes:
+        found.plain = False
 
 
 def behind(output: Tensor) -> tuple[list[nn.Module], list[Tensor]]:

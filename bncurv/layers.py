@@ -118,7 +118,10 @@ class Linear(Layer):
     """``y = x Wᵀ + b``: s runs over all axes between the sample and the feature."""
 
     def accepts(self, arguments):
-        return arguments["input"].dim() > 1  # not the unbatched form
+        # not the unbatched form, a weight that is a vector, or a bias that is broadcast
+        bias = arguments.get("bias")
+        plain = bias is None or bias.shape == arguments["weight"].shape[:1]
+        return arguments["input"].dim() > 1 and arguments["weight"].dim() == 2 and plain
 
     def channels_lead(self, output):
         return len(output) == 2

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bncurv.losses import LOSSES, Factor, find_loss
+from bncurv.probes import pattern
 
 # What PyTorch runs for its own modules: their formulas are held against autograd by the tests, not at every use
 _VERIFIED = [(rule, module_class.forward) for module_class, rule in LOSSES.items()]
@@ -127,6 +128,11 @@ class LossAtBatch:
     def columns(self, c: slice) -> Tensor:
         """The gradient as a column, ``[1, n, *output]``."""
         return self.gradient[None][c]
+
+    def mixture(self) -> Tensor:
+        """The gradient, each sample's with a fixed weight: ``[n, *output]``."""
+        g = self.gradient
+        return g * pattern((len(g), *(1,) * (g.dim() - 1)), g)
 
     def sample(self, draws: int, kind: str, generator: torch.Generator | None) -> Tensor:
         """Random columns with covariance ∇²_F L, ``[n, t, e, draw]``: ``"rademacher"``, or ``"labels"``.

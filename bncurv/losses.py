@@ -18,6 +18,8 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
+from bncurv.probes import pattern
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -44,6 +46,12 @@ class Factor:
         n, t, e, _ = self.blocks.shape
         by_position = u.reshape(n, e, t).mT[..., None]
         return (self.blocks @ (self.blocks.mT @ by_position))[..., 0].mT.reshape(u.shape)
+
+    def mixture(self) -> Tensor:
+        """All columns, each with a fixed weight: ``[n, *output]``."""
+        n, t, e, j = self.blocks.shape
+        weights = pattern((n, 1 if self.joint else t, j, 1), self.blocks)
+        return rearrange(self.blocks @ weights, "n t e 1 -> n e t").reshape(n, *self.layout[1:])
 
     def columns(self, c: slice) -> Tensor:
         """Columns ``c`` of all samples, each in its own sample's row: ``[c, n, *output]``."""

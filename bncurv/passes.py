@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.graph import Site, Trace
+from bncurv.linearity import Ends, Verdict, examine
+from bncurv.probes import pattern
+from bncurv.slow import warn_slow
 from bncurv.structure import Structure
 
-Ends = Sequence[GradientEdge | Tensor]
 
-
-def vjp(outputs: Ends, edges: Ends, cotangents: list[Tensor]) -> list[Tensor | None]:
-    """Backward passes of ``cotangents [q, *output]`` at once: ``[q, *edge]`` per edge, ``None`` for zero."""
+def vjp(outputs: Ends, edges: Ends, cotangents: list[Tensor], singly: bool = False) -> list[Tensor | None]:
+    """Backward passes of ``cotangents [q, *output]``, at once or singly: ``[q, *edge]`` per edge, ``None`` for zero."""
     count = len(cotangents[0])
     pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
-    if count > 1 and not torch.is_anomaly_enabled():
+    if count > 1 and not singly and not torch.is_anomaly_enabled():
         try:
             return _batched(pull, outputs, edges, cotangents)
         except torch.OutOfMemoryError:
@@ -64,7 +65,7 @@ def closed_gates(sites: list[Site], sums: bool = False) -> Iterator[None]:
 
 
 class Passes:
-    """Counted backward passes through one traced graph.
+    """Counted and examined backward passes through one traced graph.
 
     Args:
         output: the model's output ``[N, ...]`` on its graph.
@@ -74,28 +75,87 @@ class Passes:
 
     Attributes:
         samples: N.
-        count: backward passes of the whole batch so far.
+        count: backward passes of the whole batch so far, those of checks left out.
     """
 
     def __init__(self, output: Tensor, trace: Trace, structure: Structure, tick: Callable[[int], object]) -> None:
         self.output, self.sites, self.structure = output, trace.sites, structure
-        self.samples, self.count, self._tick = output.shape[0], 0, tick
+        self.samples, self.count, self._tick, self._trace = output.shape[0], 0, tick, trace
+        self._gates, self._examined, self._singly = "open", set[str](), False
 
     def vjp(
         self, outputs: Tensor | GradientEdge | list[Tensor], edges: Ends, cotangents: Tensor | list[Tensor]
     ) -> list[Tensor | None]:
-        """`vjp`, counted; of one output or of several."""
+        """`vjp`, counted; of one output or of several.
+
+        Raises:
+            RuntimeError: where the passes are not those of a linear map.
+        """
         several = [cotangents] if isinstance(cotangents, Tensor) else cotangents
         count = len(several[0])
         if not edges or not count:
             return [None] * len(edges)
         self.count += count
         self._tick(count)
-        return vjp(outputs if isinstance(outputs, list) else [outputs], edges, several)
+        starts = outputs if isinstance(outputs, list) else [outputs]
+        rows = vjp(starts, edges, several, self._singly)
+        if outputs is self.output and self._gates not in self._examined and (count > 1 or not self._trace.plain):
+            self._examined.add(self._gates)
+            rows = self._examine(edges, several[0], rows)
+        return rows
 
-    def closed(self, sums: bool = False) -> AbstractContextManager[None]:
+    def _examine(self, edges: Ends, u: Tensor, rows: list[Tensor | None]) -> list[Tensor | None]:
+        """The first rows from the output with these gates: as they are, or one by one where that helps, or refused."""
+
+        def pull(cotangents: list[Tensor]) -> list[Tensor | None]:
+            return vjp([self.output], edges, cotangents, singly=True)
+
+        if len(u) == 1:  # one cotangent tells no linear map from another: beside a second one
+            both = torch.cat([u, pattern(u.shape, u)])
+            verdict = examine(pull, [both], pull([both]))
+        else:
+            verdict = examine(pull, [u], rows)
+        if verdict is Verdict.OTHER_ROWS:
+            rows = pull([u])
+            verdict = examine(pull, [u], rows)
+            if verdict is Verdict.RIGHT and len(u) > 1:
+                self._singly = True
+                warn_slow(
+                    f"PyTorch's batched backward pass (torch.vmap) differs from ordinary ones {self._where(edges)}. "
+                    "The passes go one by one: exact, but slower. Replace the operation there to have them at once."
+                )
+        if verdict is not Verdict.RIGHT:
+            raise RuntimeError(
+                f"The backward pass {self._where(edges)} is not one fixed linear map of the incoming gradient: it "
+                "draws random numbers, clips, selects or keeps state (a custom autograd Function, a tensor hook, or "
+                "a checkpoint that does not restore the random state). Curvature is not defined there; remove it, "
+                "or compute for parameters behind it only (params=...)."
+            )
+        return rows
+
+    def demand_linear(self, edges: Ends, u: Tensor) -> None:
+        """Raise RuntimeError unless passes of the output's cotangent ``u`` are those of a linear map."""
+        if edges:
+            self._examine(edges, u[None], vjp([self.output], edges, [u[None]]))
+
+    def _where(self, edges: Ends) -> str:
+        """The first module whose own passes are not right."""
+        for name, shape, edge in self._trace.modules:
+            u = pattern((2, *shape), self.output)
+            at_once, pull = vjp([edge], edges, [u]), functools.partial(vjp, [edge], edges, singly=True)
+            if shape and examine(pull, [u], at_once) is not Verdict.RIGHT:
+                return f"in or before module '{name}'"
+        return "behind the last module"
+
+    @contextmanager
+    def closed(self, sums: bool = False) -> Iterator[None]:
         """The statistics held constant meanwhile (``sums``: see `Gates`)."""
-        return closed_gates(self.sites, sums)
+        before, self._gates = self._gates, "closed, summing" if sums else "closed"
+        try:
+            with closed_gates(self.sites, sums):
+                yield
+        finally:
+            self._gates = before
 
     def closed_vjp(
         self, output: Tensor | GradientEdge, sites: list[int], cotangents: Tensor

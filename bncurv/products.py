@@ -14,6 +14,7 @@ from bncurv.blocks import Correction
 from bncurv.budget import RIGHT_BYTES, ROW_BYTES, chunks
 from bncurv.graph import Trace
 from bncurv.layers import Layer, Product
+from bncurv.precision import within_range
 from bncurv.squares import sum_squares
 from bncurv.structure import Structure
 
@@ -41,7 +42,7 @@ class Products:
         centred: Collection[int] = (),
         keep: bool = True,
     ) -> None:
-        self._trace, self.wanted, self.samples = trace, wanted, samples
+        self._trace, self._structure, self.wanted, self.samples = trace, structure, wanted, samples
         self.uses, self.centred = structure.uses, centred
         self._room = RIGHT_BYTES if keep else 0
         self._rights: dict[tuple[int, str], Tensor] = {}
@@ -57,6 +58,21 @@ class Products:
         """Whether all rows of a parameter are zero: a bias whose BatchNorm takes it off again."""
         uses = self.uses.get(name, ())
         return bool(uses) and all(self._centred_ones(j, role) for j, role in uses)
+
+    def terms(self, name: str, delta: Mapping[int, Tensor | None]) -> float:
+        """Largest entry of a parameter's product with ``delta [1, n, ...]``, all terms taken positive.
+
+        Times the offset of the BatchNorm directly above, whose own rounding is that much larger.
+        """
+        total, above = 0.0, {i: j for j, i in self._structure.direct.items()}
+        for j, role in self.uses.get(name, ()):
+            d, call = delta[j], self._trace.sites[j].call
+            if d is not None:
+                right = call.right(role)
+                left = call.layer.left(role, call.arguments, d).abs()
+                size = float(Product(left, None if right is None else right.abs()).summed().amax())
+                total += size * max(1.0, self._trace.sites[above[j]].coupling.offset if j in above else 0.0)
+        return total
 
     # ---------------------------------------------------------------- the layer's input
     def _one_row(self, j: int, role: str) -> Tensor | None:
@@ -125,7 +141,7 @@ class Products:
             sums: by site, what a coupled layer's own parameters receive, where known (`Coupling.summed`).
         """
         total = None
-        for j, role in self.uses[name]:
+        for j, role in self.uses.get(name, ()):
             d = delta.get(j)
             if d is not None:
                 rows = sums[j][:, ("bias", "weight").index(role)] if j in sums else self.summed_at(j, role, d)
@@ -183,6 +199,15 @@ class Products:
         right = self._one_row(*uses[0])
         outer = right is not None and right.shape[:3] == (1, 1, 1) and call.output[0] == self.samples
         return outer and type(call.layer).unfold is Layer.unfold
+
+    def in_range(self, name: str, delta: Mapping[int, Tensor | None], correction: Correction) -> bool:
+        """Whether squares of the factors stay in the dtype's range."""
+        ((j, role),) = self.uses[name]
+        d, right = delta[j], self.right(j, role)
+        assert right is not None
+        coefficients = [correction.A, *(a.flatten(2) for a, _ in correction.direct)]
+        factors = [right[0, :, 0], None if d is None else d.flatten(2), *coefficients]
+        return all(within_range(t) for t in factors if t is not None)
 
     def sum_squares(self, name: str, delta: dict[int, Tensor | None], count: int, correction: Correction) -> Tensor:
         """Σ V² over all samples and ``count`` columns of each, ``[*p]``; where `factors`."""

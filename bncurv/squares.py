@@ -20,9 +20,7 @@ from torch import Tensor
 
 from bncurv.blocks import Correction
 from bncurv.budget import BLOCK_BYTES, ROW_BYTES, chunks
-
-# A sum below this part of the squares of its terms is computed again: ulp / KEPT is about 1e-5 and 2e-12
-KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
+from bncurv.precision import KEPT
 
 
 def sum_squares(left: Tensor, right: Tensor, correction: Correction) -> Tensor:

@@ -11,6 +11,7 @@ from bncurv.blocks import Correction, Source
 from bncurv.budget import chunks
 from bncurv.costs import Costs
 from bncurv.passes import Passes
+from bncurv.probes import pattern
 from bncurv.products import Products
 
 PROBES = 4  # random combinations of dropped directions that estimate the error of a truncation
@@ -47,10 +48,8 @@ class TruncatedDirections:
         self.kept = int((tail > tol**2 * tail[0]).sum())
         self._basis = U[:, : self.kept].to(a.dtype)
         self._P = self._pull(self._basis.T)
-        signs = torch.randint(
-            2, (PROBES, len(squares) - self.kept), generator=torch.Generator().manual_seed(0), device="cpu"
-        ).to(U)
-        probes = (2 * signs - 1) * squares[self.kept :].sqrt() @ U[:, self.kept :].T
+        signs = pattern((PROBES, len(squares) - self.kept), U).sign()
+        probes = signs * squares[self.kept :].sqrt() @ U[:, self.kept :].T
         dropped = self._pull(probes.to(a.dtype))
         self.error = {n: float(torch.linalg.vector_norm(p)) / PROBES**0.5 for n, p in dropped.items()}
 

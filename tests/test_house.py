@@ -12,9 +12,9 @@ FILES = {
 }
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
-    {"slow", "budget", "precision", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch"},
-    {"record", "graph", "structure"},
-    {"blocks", "certificate", "squares", "products", "passes", "costs", "statistics_passes", "directions",
+    {"slow", "budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch"},
+    {"marks", "record", "graph", "structure"},
+    {"blocks", "certificate", "linearity", "agreement", "squares", "products", "passes", "costs", "statistics_passes", "directions",
      "truncation", "engine"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity"},

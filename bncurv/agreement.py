@@ -1,0 +1,74 @@
+"""The coupled way against one ordinary backward pass: Σ_k w_k V[k] must be Jᵀ Σ_k w_k s_k, for every parameter.
+
+Whatever acts on a graph without leaving a mark (a hook on a node, say), a layer's product that is wrong, or digits that
+the coupled way loses to cancellation show here, before anything is handed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bncurv.precision import EXACT, ROUNDING
+
+
+class Sum(NamedTuple):
+    """Σ_k w_k V[k] of a parameter by the coupled way.
+
+    Attributes:
+        value: ``[*p]``.
+        terms: the largest entries of what it was added up from: its own rounding is relative to them.
+        slack: what may be missing on purpose.
+    """
+
+    value: Tensor
+    terms: float
+    slack: float = 0.0
+
+
+class Difference(NamedTuple):
+    """How far the coupled way is from an ordinary pass, relatively, and whether its rounding explains that."""
+
+    size: float
+    cancelled: bool
+
+
+def disagreeing(
+    pull: Callable[[Tensor], Mapping[str, Tensor]],
+    u: Tensor,
+    coupled: Mapping[str, Sum],
+    terms: Callable[[str], float],
+) -> dict[str, Difference]:
+    """Parameters for which the coupled way is worse than an ordinary pass.
+
+    A difference within `EXACT`, or that an ordinary pass' own rounding explains, is none. The latter is seen in two
+    ways: it moves when the cotangent is scaled, and it is relative to the terms of its sums.
+
+    Args:
+        pull: an ordinary pass with open gates, ``[n, *output]`` → ``[*p]`` by parameter.
+        u: Σ_c w[n, c] s_(n, c).
+        coupled: the same by the coupled way.
+        terms: largest sum of a parameter's product with all terms taken positive.
+    """
+    truth = pull(u)
+    apart = {name: largest(s.value - truth[name]) for name, s in coupled.items()}
+    size = {name: max(largest(truth[name]), largest(s.value)) for name, s in coupled.items()}
+    suspects = [n for n, s in coupled.items() if not apart[n] <= EXACT[s.value.dtype] * size[n] + s.slack]
+    moved = [(factor, pull(factor * u)) for factor in ((0.7, 0.9, 1.3) if suspects else ())]
+    found = {}
+    for name in suspects:
+        ulps = ROUNDING**2 * torch.finfo(u.dtype).eps
+        movement = max(largest(m[name] / factor - truth[name]) for factor, m in moved)
+        cancelled = apart[name] <= ulps * coupled[name].terms
+        lost_by_truth = apart[name] <= ROUNDING * movement or (not cancelled and apart[name] <= ulps * terms(name))
+        if not lost_by_truth:
+            found[name] = Difference(apart[name] / size[name], cancelled)
+    return found
+
+
+def largest(t: Tensor) -> float:
+    """Largest entry by magnitude."""
+    return float(torch.linalg.vector_norm(t, float("inf"))) if t.numel() else 0.0

@@ -1,0 +1,86 @@
+"""Marks that a recorded forward pass leaves on its graph's nodes (``record.py``), to be found by ``graph.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from bncurv.gate import Coupling
+from bncurv.layers import Layer
+
+# Notes in a node's metadata, besides what autograd keeps there
+MARK = "bncurv"  # a Mark
+MODULE = "bncurv.module"  # of a module's output: its name, shape, output number
+MODEL = "bncurv.model"  # of an extended model's output: a reference to it
+RETAINED = "bncurv.retained"  # references to tensors with retain_grad()
+HOOKED = "bncurv.hooked"  # output numbers of tensors with a hook
+RECOMPUTED = "bncurv.recomputed"  # saved tensors are made again in the backward pass
+UNGATED = "bncurv.ungated"  # sentences: which coupled layer runs without a gate, and why
+LOWERED = "bncurv.lowered"  # modules that computed in half precision
+
+
+def metadata(node: Node) -> dict[str, Any]:
+    """The notes that a graph node carries (torch's stubs take this attribute for a method)."""
+    notes: Any = node.metadata
+    return notes
+
+
+def edges_below(node: Node) -> list[GradientEdge]:
+    """Where a node's inputs come from."""
+    return [GradientEdge(below, output_nr) for below, output_nr in node.next_functions if below is not None]
+
+
+def plain_tensor(t: Any) -> Any:
+    """A tensor without its subclass (images, metadata): the same storage, history and version."""
+    plain = not isinstance(t, Tensor) or type(t) in (Tensor, nn.Parameter)
+    return t if plain else t.as_subclass(Tensor)
+
+
+@dataclass(eq=False)
+class Call:
+    """One use of a table layer: the input it saw and the parameters it used.
+
+    Attributes:
+        layer: its row of the table.
+        name: qualified name of the module that made the call.
+        arguments: of the function, by name.
+        parameters: those among the arguments that the output was differentiable by, by role.
+        output: shape of the output.
+        versions: of the inputs, to tell later changes in place.
+        below: where the inputs come from.
+    """
+
+    layer: Layer
+    name: str
+    arguments: dict[str, Any]
+    parameters: dict[str, Tensor]
+    output: torch.Size
+    versions: list[int]
+    below: list[GradientEdge]
+
+    def right(self, role: str, rows: slice = slice(None)) -> Tensor | None:
+        """Right operand of a parameter product for some ``rows`` of the input."""
+        inputs = {key: self.arguments[key] for key in self.layer.inputs}
+        sliced = {key: x.detach()[rows] for key, x in inputs.items()}
+        right = self.layer.right(role, self.arguments | sliced, sliced["input"])
+        if right is not None and [x._version for x in inputs.values()] != self.versions:
+            raise RuntimeError(
+                f"The input of layer '{self.name}' was modified in place after the layer had used it, so its "
+                "gradient cannot be computed. Replace the in-place operation after this layer by its "
+                "out-of-place form."
+            )
+        return right
+
+
+class Mark(NamedTuple):
+    """Contents of a marked node: a table call, a coupling, or both; ``rows`` is the output's first axis."""
+
+    call: Call | None = None
+    coupling: Coupling | None = None
+    output_nr: int = 0
+    rows: int = 0
+    below: tuple[GradientEdge, ...] = ()
