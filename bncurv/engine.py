@@ -35,7 +35,7 @@ from bncurv.certificate import find_mixing
 from bncurv.costs import Costs
 from bncurv.directions import Directions
 from bncurv.passes import Passes, vjp
-from bncurv.precision import ROUNDING
+from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
 from bncurv.slow import listed, user_level, warn_slow
 from bncurv.structure import Structure
@@ -85,7 +85,8 @@ class Engine:
         centred = () if keep_own or tol else self.structure.sole  # these need the own part and the mean's directions
         self.products = Products(self.trace, self.structure, self.wanted, self.samples, centred, keep=not chunk_size)
         self.costs = Costs(self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size)
-        self._passes = Passes(self.output, self.trace, self.structure, tick)
+        quiet = [p for name, p in self.wanted.items() if self.structure.vanishes(name)]
+        self._passes = Passes(self.output, self.trace, self.structure, tick, quiet)
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
         self._slow = self._without_product()
@@ -168,8 +169,7 @@ class Engine:
             return [None if d is None else d[0] for d in vjp([self.output], edges, [v[None]])] if edges else []
 
         with self._passes.closed():
-            if not self.trace.plain:
-                self._passes.demand_linear(edges, u)
+            self._passes.demand_linear(edges, u)
             delta = pull(u)
             self._probe = u, {j: None if d is None else d[None] for j, d in zip(watched, delta, strict=True)}
             return find_mixing(pull, u, delta, self.trace)
@@ -182,6 +182,8 @@ class Engine:
         for name in names:
             own, rest = self.products.summed(name, delta, 1, {})[0], directions.correction(name).summed()
             slack = ROUNDING * self.error.get(name, 0.0)
+            if self.structure.vanishes(name):
+                slack += ROUNDING**2 * ulp(u.dtype) * self.products.terms(name, delta)
             coupled[name] = Sum(own + rest, largest(own) + largest(torch.as_tensor(rest)), slack)
 
         def pull(v: Tensor) -> dict[str, Tensor]:

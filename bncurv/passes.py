@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.graph import Site, Trace
-from bncurv.linearity import Ends, Verdict, examine
+from bncurv.linearity import Ends, Pull, Verdict, examine
 from bncurv.probes import pattern
 from bncurv.slow import warn_slow
 from bncurv.structure import Structure
@@ -42,8 +43,20 @@ def _batched(pull: Callable[..., tuple], outputs: Ends, edges: Ends, cotangents:
         reached[:] = [g is not None for g in got]
         return [g for g in got if g is not None]
 
-    found = iter(torch.vmap(one)(*cotangents))
+    with _no_hint():
+        found = iter(torch.vmap(one)(*cotangents))
     return [next(found) if there else None for there in reached]
+
+
+@contextmanager
+def _no_hint() -> Iterator[None]:
+    """Without PyTorch's request to report an operation that it cannot batch: it is none of the user's business."""
+    switch: Any = torch._C._functorch
+    switch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        switch._set_vmap_fallback_warning_enabled(True)
 
 
 def _strided(g: Tensor | None) -> Tensor | None:
@@ -72,16 +85,25 @@ class Passes:
         trace: the traced graph.
         structure: its structure.
         tick: called with the number of backward passes just done.
+        quiet: parameters whose rows are nothing but rounding.
 
     Attributes:
         samples: N.
         count: backward passes of the whole batch so far, those of checks left out.
     """
 
-    def __init__(self, output: Tensor, trace: Trace, structure: Structure, tick: Callable[[int], object]) -> None:
+    def __init__(
+        self,
+        output: Tensor,
+        trace: Trace,
+        structure: Structure,
+        tick: Callable[[int], object],
+        quiet: Iterable[Tensor] = (),
+    ) -> None:
         self.output, self.sites, self.structure = output, trace.sites, structure
         self.samples, self.count, self._tick, self._trace = output.shape[0], 0, tick, trace
         self._gates, self._examined, self._singly = "open", set[str](), False
+        self._quiet = {id(p) for p in quiet}
 
     def vjp(
         self, outputs: Tensor | GradientEdge | list[Tensor], edges: Ends, cotangents: Tensor | list[Tensor]
@@ -106,20 +128,12 @@ class Passes:
 
     def _examine(self, edges: Ends, u: Tensor, rows: list[Tensor | None]) -> list[Tensor | None]:
         """The first rows from the output with these gates: as they are, or one by one where that helps, or refused."""
-
-        def pull(cotangents: list[Tensor]) -> list[Tensor | None]:
-            return vjp([self.output], edges, cotangents, singly=True)
-
-        if len(u) == 1:  # one cotangent tells no linear map from another: beside a second one
-            both = torch.cat([u, pattern(u.shape, u)])
-            verdict = examine(pull, [both], pull([both]))
-        else:
-            verdict = examine(pull, [u], rows)
-        if verdict is Verdict.OTHER_ROWS:
-            rows = pull([u])
-            verdict = examine(pull, [u], rows)
-            if verdict is Verdict.RIGHT and len(u) > 1:
-                self._singly = True
+        watched = [i for i, end in enumerate(edges) if id(end) not in self._quiet]
+        verdict, pull = self._verdict(self.output, [edges[i] for i in watched], u, [rows[i] for i in watched])
+        if verdict is Verdict.OTHER_ROWS and len(u) > 1:
+            rows, self._singly = vjp([self.output], edges, [u], singly=True), True
+            verdict = examine(pull, u, [rows[i] for i in watched])
+            if verdict is Verdict.RIGHT:
                 warn_slow(
                     f"PyTorch's batched backward pass (torch.vmap) differs from ordinary ones {self._where(edges)}. "
                     "The passes go one by one: exact, but slower. Replace the operation there to have them at once."
@@ -133,18 +147,31 @@ class Passes:
             )
         return rows
 
+    def _verdict(
+        self, output: Tensor | GradientEdge, edges: Ends, u: Tensor, rows: list[Tensor | None]
+    ) -> tuple[Verdict, Pull]:
+        """What ordinary passes say of rows; and such passes."""
+
+        def pull(v: Tensor) -> list[Tensor | None]:
+            return vjp([output], edges, [v], singly=True)
+
+        if len(u) == 1 and not self._trace.plain:  # one cotangent tells no linear map from another: beside a second one
+            u = torch.cat([u, pattern(u.shape, u)])
+            rows = pull(u)
+        return examine(pull, u, rows, self._trace.plain), pull
+
     def demand_linear(self, edges: Ends, u: Tensor) -> None:
         """Raise RuntimeError unless passes of the output's cotangent ``u`` are those of a linear map."""
-        if edges:
+        if edges and not self._trace.plain:
             self._examine(edges, u[None], vjp([self.output], edges, [u[None]]))
 
     def _where(self, edges: Ends) -> str:
         """The first module whose own passes are not right."""
         for name, shape, edge in self._trace.modules:
-            u = pattern((2, *shape), self.output)
-            at_once, pull = vjp([edge], edges, [u]), functools.partial(vjp, [edge], edges, singly=True)
-            if shape and examine(pull, [u], at_once) is not Verdict.RIGHT:
-                return f"in or before module '{name}'"
+            if shape:
+                u = pattern((2, *shape), self.output)
+                if self._verdict(edge, edges, u, vjp([edge], edges, [u]))[0] is not Verdict.RIGHT:
+                    return f"in or before module '{name}'"
         return "behind the last module"
 
     @contextmanager

@@ -54,6 +54,11 @@ class Structure:
         """Sites that use a parameter."""
         return {j for j, _ in self.uses.get(name, ())}
 
+    def vanishes(self, name: str) -> bool:
+        """Whether all rows of a parameter are zero: a bias that the BatchNorm behind takes off again."""
+        uses = self.uses.get(name, ())
+        return bool(uses) and all(j in self.sole and role == "bias" for j, role in uses)
+
     def calls_in(self, sites: int) -> list[int]:
         """Sites of a bit set that hold a wanted parameter's call, in forward order."""
         return [j for j in self._calls if sites >> j & 1]

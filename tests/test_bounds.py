@@ -9,6 +9,8 @@ CODE = {path: path.read_text() for path in (ROOT / "bncurv").rglob("*.py")}
 # What PyTorch has no public name for. Each exists in the oldest version that we support: see `make test-lowest`.
 PRIVATE = {
     "torch._C._are_functorch_transforms_active",  # what autograd.Function asks before it runs
+    "torch._C._autograd",  # whether saved tensors are packed by hooks, which only torch 2.7 and newer tells
+    "torch._C._functorch",  # its switch of the warning that vmap has no rule for an operation
     "torch._batch_norm_impl_index",  # the kernels behind F.batch_norm, with the statistics that they found
     "torch.ops.aten._batch_norm_impl_index_backward",
     "torch._dynamo",  # whether the compiler has been imported

@@ -14,8 +14,8 @@ FILES = {
 FLOORS = [
     {"slow", "budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch"},
     {"marks", "record", "graph", "structure"},
-    {"blocks", "certificate", "linearity", "agreement", "squares", "products", "passes", "costs", "statistics_passes", "directions",
-     "truncation", "engine"},
+    {"blocks", "certificate", "linearity", "agreement", "squares", "products", "passes", "costs", "statistics_passes",
+     "directions", "truncation", "engine"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity"},
     {"batch", "checks", "untouched"},
