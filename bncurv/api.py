@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,12 @@ from bncurv.blocks import Batch
 from bncurv.checks import batches, check_input, check_options, check_output, check_quantities, select_parameters
 from bncurv.graph import trace
 from bncurv.loss_at_batch import LossAtBatch
-from bncurv.losses import find_loss
+from bncurv.losses import check_loss, name_of
 from bncurv.marks import plain_tensor
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
+from bncurv.sampling import generator_of_call
+from bncurv.shares import Weights
 from bncurv.untouched import left_as_is, set_aside
 
 
@@ -32,10 +34,10 @@ class Results:
         fields: field name → {parameter name → tensor}.
         method: the way taken, ``"coupled"`` or ``"dense"`` (of the last mini-batch).
         passes: backward passes of a whole batch that it took, over all mini-batches.
-        batches: number of mini-batches averaged over.
-        error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name and summed
-            over all columns of the last mini-batch; empty where nothing was. A diagonal of the GGN with trace t is off
-            by at most ``2 √t error + error²`` in the sum of its entries.
+        batches: number of mini-batches.
+        error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all
+            columns of all mini-batches at their weights; empty where nothing was. A diagonal of the GGN with trace t is
+            off by at most ``2 √t error + error²`` in the sum of its entries.
     """
 
     fields: Mapping[str, Any]
@@ -60,7 +62,7 @@ class Results:
 
 def curvature(
     model: nn.Module,
-    loss_fn: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
     data: tuple[Any, Tensor] | Iterable[tuple[Any, Tensor]],
     *quantities: Quantity,
     params: Iterable[str] | None = None,
@@ -72,15 +74,23 @@ def curvature(
     """Exact curvature of ``loss_fn(model(X), y)`` in the mode that the model is in, BatchNorm coupling included.
 
     The model is used as it is: nothing is extended, converted or copied, and parameters, ``.grad``, buffers (running
-    statistics), hooks, modes and the random state are left as they were, also after an exception.
+    statistics), hooks, modes and the random state are left as they were, also after an exception. Only a Monte-Carlo
+    quantity without a generator of its own moves torch's global random state on, by one draw.
 
     Args:
         model: any module whose output is a tensor with the batch first.
-        loss_fn: ``CrossEntropyLoss``, ``MSELoss`` or ``BCEWithLogitsLoss`` with reduction ``"mean"`` or ``"sum"``.
-        data: one batch ``(X, y)``, or an iterable of such pairs (a ``DataLoader``). Over several batches each quantity
-            is the average of the mini-batch quantities; every mini-batch has its own statistics, so this is another
-            matrix than that of the union of the batches. Per-component quantities are concatenated in order and
-            divided by the number of batches, so that they still sum to the averaged gradient.
+        loss_fn: for the GGN ``CrossEntropyLoss``, ``MSELoss``, ``BCEWithLogitsLoss`` or a module given to
+            `register_loss`, with a reduction to a scalar. For quantities of the gradient alone any differentiable
+            scalar function or module of output and y, convex or not; it may even compare samples, since
+            g_n = (∂F_n/∂θ)ᵀ ∂L/∂F_n is the part of ∇L that passes through output n. Forward hooks of the module take
+            part; parameters of the loss are held constant, and no results are made for them.
+        data: one batch ``(X, y)``, or an iterable of such pairs (a ``DataLoader``). Output and y have the batch first,
+            and equally many samples. Several batches give the curvature of the loss of all their samples: a mean is
+            weighted by what the loss divides by in each batch (samples, entries, class weights of the targets that
+            count), sums are added. Without BatchNorm that is what one batch of all samples gives. With BatchNorm every
+            mini-batch has its own statistics, so this average is another matrix than that of the union, and the
+            composition of the batches is part of the definition. Per-component quantities are concatenated in order,
+            at the same weights: they still sum to that loss' gradient.
         *quantities: what to compute, e.g. ``DiagGGNExact()``.
         params: names of the parameters to compute for; default: all that require grad.
         method: ``"coupled"``: cut the graph at the batch statistics, cost linear in N. ``"dense"``: one backward pass
@@ -107,30 +117,42 @@ def curvature(
     """
     check_quantities(quantities)
     check_options(method, tol, chunk_size)
-    find_loss(loss_fn)
+    check_loss(loss_fn)
     wanted = select_parameters(model, params)
-    merged, memo = Merged(quantities), dict[str, Any]()
-    passes, way, error = 0, "", {}
+    merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
+    passes, way, largest = 0, "", 0
+    touched = nn.ModuleList([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])])
+    with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
+        generator = generator_of_call(quantities, next(iter(wanted.values())).device)
     bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
-    with torch.inference_mode(False), set_aside(model.parameters(), model.modules()), left_as_is(model), bar:
+    with torch.inference_mode(False), set_aside(model.parameters(), touched.modules()), left_as_is(touched), bar:
         for X, y in batches(data):
             with torch.enable_grad(), Recorder(model, private=True):
-                output = _forward(getattr(model, "_orig_mod", model), X, y, wanted)  # torch.compile: the eager code
-            loss = LossAtBatch(loss_fn, output, y.to(output.device))
-            batch = Batch(output, loss, wanted, trace(output, wanted.values()), memo=memo)
+                output = _forward(model, X, y, wanted, largest)
+            loss = LossAtBatch(loss_fn, output, y.to(output.device), hooked=True, empty_ok=True, parameters=wanted)
+            traced = trace(output, wanted.values())
+            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator)
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
-            merged.add(parts, 1.0)
-            passes, way, error = passes + engine.passes, engine.way, engine.error
-            del output, loss, batch, parts, engine
-        if not merged.batches:
-            raise ValueError("data is empty: expected a batch (X, y) or an iterable with at least one such pair.")
+            merged.add(parts, weights.of(loss), engine.error)
+            passes, way, largest = passes + engine.passes, engine.way, max(largest, len(y))
+            del output, loss, traced, batch, parts, engine
         fields = merged.fields()
-    return Results(fields, way, passes, merged.batches, error)
+    generator_of_call(quantities, torch.device("cpu"))  # moves the global random state on
+    return Results(fields, way, passes, merged.batches, merged.error)
 
 
-def _forward(model: nn.Module, X: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> Tensor:
+def _forward(model: nn.Module, X: Any, y: Tensor, wanted: Mapping[str, Tensor], largest: int) -> Tensor:
     """The model's output, checked; a tensor X goes to the parameters' device."""
-    check_input(X, y)
-    output = model(X.to(next(iter(wanted.values())).device) if isinstance(X, Tensor) else X)
-    check_output(output, y, wanted)
+    check_input(X)
+    model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
+    try:
+        output = model(X.to(next(iter(wanted.values())).device) if isinstance(X, Tensor) else X)
+    except ValueError as error:
+        if not 0 < len(y) < largest:
+            raise
+        raise ValueError(
+            f"{error} This is a mini-batch of {len(y)} sample(s) after one of {largest}: if it is too small, leave it "
+            "out with DataLoader(..., drop_last=True)."
+        ) from error
+    check_output(output, y, wanted, X)
     return plain_tensor(output)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -51,40 +51,90 @@ def compute(
     return {q.field: q.finish(states[q.field]) for q in quantities}, engine
 
 
+class _Part(NamedTuple):
+    """Some mini-batches together.
+
+    Attributes:
+        batches: their number.
+        weight: what their mean divides by; ``None`` of a loss that sums.
+        parts: part by quantity's field.
+        errors: squared error of what was dropped from V, by parameter name.
+    """
+
+    batches: int
+    weight: float | None
+    parts: dict[str, Any]
+    errors: Mapping[str, float]
+
+
 class Merged:
     """Parts of several mini-batches, joined two and two: few are held at once, and few joins copy much.
 
     Args:
         quantities: whose parts.
+        loss: what messages call the loss.
     """
 
-    def __init__(self, quantities: Sequence[Quantity]) -> None:
-        self._quantities = quantities
-        self._held: list[tuple[int, float, dict[str, Any]]] = []  # number of mini-batches, weight, part by field
+    def __init__(self, quantities: Sequence[Quantity], loss: str = "the loss") -> None:
+        self._quantities, self._loss = quantities, loss
+        self._held: list[_Part] = []
 
     @property
     def batches(self) -> int:
         """Number of mini-batches so far."""
-        return sum(count for count, _, _ in self._held)
+        return sum(held.batches for held in self._held)
 
-    def add(self, parts: dict[str, Any], weight: float | None) -> None:
-        """Another mini-batch's parts; of a loss that averages, what it divided by; ``None`` of one that sums."""
-        self._held.append((1, weight or 0.0, parts))
-        while len(self._held) > 1 and self._held[-2][0] <= self._held[-1][0]:
+    def add(self, parts: dict[str, Any], weight: float | None, errors: Mapping[str, float] | None = None) -> None:
+        """Another mini-batch.
+
+        Args:
+            parts: its parts by field.
+            weight: of a loss that averages, what it divided by there (`Weights`); ``None`` of one that sums.
+            errors: the Frobenius norm of what was dropped from V, by parameter name.
+        """
+        squares = {name: error**2 for name, error in (errors or {}).items()}
+        self._held.append(_Part(1, weight, parts, squares))
+        while len(self._held) > 1 and self._held[-2].batches <= self._held[-1].batches:
             self._join()
 
     def _join(self) -> None:
-        (count, weight, parts), (more, added, others) = self._held[-2:]
-        total = weight + added
-        shares = (weight / total, added / total) if total else (1.0, 1.0)
-        joined = {q.field: q.merge([parts[q.field], others[q.field]], shares) for q in self._quantities}
-        self._held[-2:] = [(count + more, total, joined)]
+        one, two = self._held[-2:]
+        total, (a, b) = _shares(one.weight, two.weight)
+        parts = {q.field: q.merge([one.parts[q.field], two.parts[q.field]], (a, b)) for q in self._quantities}
+        names = one.errors.keys() | two.errors.keys()
+        errors = {name: a * one.errors.get(name, 0.0) + b * two.errors.get(name, 0.0) for name in sorted(names)}
+        self._held[-2:] = [_Part(one.batches + two.batches, total, parts, errors)]
 
     def fields(self) -> dict[str, Any]:
-        """Field name → result."""
+        """Field name → result.
+
+        Raises:
+            ValueError: if there was no mini-batch, or none with a target that counts.
+        """
+        if not self._held:
+            raise ValueError("data is empty: expected a batch (X, y) or an iterable with at least one such pair.")
         while len(self._held) > 1:
             self._join()
-        (_, _, parts), found = self._held[0], dict[str, Any]()
+        if self._held[0].weight == 0:
+            raise ValueError(
+                f"{self._loss} averages over nothing: the data hold no target that counts (ignored, or of weight 0)."
+            )
+        found = dict[str, Any]()
         for q in self._quantities:
-            found |= q.fields(parts[q.field])
+            found |= q.fields(self._held[0].parts[q.field])
         return found
+
+    @property
+    def error(self) -> dict[str, float]:
+        """Frobenius norm of what was dropped from V, by parameter name, once `fields` has joined everything."""
+        return {name: square**0.5 for name, square in self._held[0].errors.items()}
+
+
+def _shares(one: float | None, two: float | None) -> tuple[float | None, tuple[float, float]]:
+    """Weight of two mini-batches together, and the share of each: L = Σ_b share_b L_b."""
+    if one is None or two is None:
+        return None, (1.0, 1.0)
+    total = one + two
+    if total == 0 and one != 0:
+        raise ValueError(f"the weights of mini-batches, {one:.3g} and {two:.3g}, cancel: their mean is undefined.")
+    return total, (one / total, two / total) if total else (0.0, 0.0)

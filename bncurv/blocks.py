@@ -24,6 +24,8 @@ class Batch:
         trace: what the forward pass left on the graph.
         graph_survives: whether the graph outlives the call.
         memo: lives as long as the call: what the first mini-batch decides for all.
+        generator: random numbers of the call, for quantities without a generator of their own (``None``: torch's
+            global ones).
     """
 
     output: Tensor
@@ -32,6 +34,7 @@ class Batch:
     trace: Trace
     graph_survives: bool = True
     memo: dict[str, Any] = field(default_factory=dict)
+    generator: torch.Generator | None = None
 
     @property
     def samples(self) -> int:

@@ -83,13 +83,9 @@ def batches(data: Any) -> Iterator[tuple[Any, Tensor]]:
         yield pair[0], pair[1]
 
 
-def check_input(X: Any, y: Tensor) -> None:
-    """Raise ValueError for a batch that is empty, not finite, or whose axes don't fit."""
+def check_input(X: Any) -> None:
+    """Raise ValueError for an input that is empty or not finite."""
     if isinstance(X, Tensor):
-        if X.shape[:1] != y.shape[:1]:
-            raise ValueError(
-                f"X has shape {tuple(X.shape)} and y has shape {tuple(y.shape)}; expected equal first axes."
-            )
         if X.numel() == 0:
             raise ValueError(f"the batch is empty: X has shape {tuple(X.shape)}; expected at least one sample.")
         if X.is_floating_point() and not bool(X.isfinite().all()):
@@ -97,8 +93,14 @@ def check_input(X: Any, y: Tensor) -> None:
             raise ValueError(f"X has NaN or inf in sample(s) {bad[:5]}; curvature is undefined there. Remove them.")
 
 
-def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> None:
+def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = None) -> None:
     """Raise unless the model's output can be differentiated sample by sample.
+
+    Args:
+        output: what the model returned.
+        y: the targets.
+        wanted: parameters by name.
+        X: the input, where it is known, for messages.
 
     Raises:
         TypeError: not a tensor, or in half precision.
@@ -111,9 +113,10 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor]) -> None:
         )
     n = y.shape[0] if y.dim() else 0
     if output.dim() == 0 or output.shape[0] != n:
+        given = f"X has shape {tuple(X.shape)}, " if isinstance(X, Tensor) else ""
         raise ValueError(
-            f"the model's output has shape {tuple(output.shape)} and y has shape {tuple(y.shape)}; expected the batch "
-            "first and of equal length in both."
+            f"{given}the model's output has shape {tuple(output.shape)} and y has shape {tuple(y.shape)}; expected the "
+            "batch first and of equal length in output and y."
         )
     if n == 0:
         raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; expected N > 0 samples.")

@@ -22,10 +22,11 @@ from bncurv.blocks import Batch
 from bncurv.checks import check_output, check_quantities
 from bncurv.graph import behind, trace
 from bncurv.loss_at_batch import LossAtBatch
-from bncurv.losses import LOSSES, find_loss
+from bncurv.losses import check_loss, is_loss
 from bncurv.marks import MODEL, metadata
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
+from bncurv.sampling import generator_of_call
 from bncurv.slow import warn_slow
 from bncurv.untouched import grads_kept, resting_hooks, set_aside
 
@@ -59,7 +60,7 @@ def extend(module: nn.Module) -> nn.Module:
         raise TypeError(f"extend got {type(module).__name__}; expected a torch.nn.Module (model or loss).")
     if hasattr(module, _ATTRIBUTE):
         return module
-    if isinstance(module, tuple(LOSSES)) or isinstance(module, nn.modules.loss._Loss):
+    if is_loss(module):
         handles = [
             module.register_forward_pre_hook(_join_backpack),
             module.register_forward_hook(_after_loss, with_kwargs=True),
@@ -153,7 +154,7 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
     _check_models(models, type(loss_fn).__name__, type(quantities[0]).__name__)
     wanted = _parameters(models)
     check_output(output, target, wanted)
-    find_loss(loss_fn)
+    check_loss(loss_fn)
     if g.numel() != 1:
         raise ValueError(f"{type(loss_fn).__name__} returned shape {tuple(g.shape)}; expected a scalar loss.")
     if retained:
@@ -165,7 +166,9 @@ def _run(loss_fn: nn.Module, output: Any, target: Any, g: Tensor) -> None:
         (gradient,) = torch.autograd.grad(loss_fn.forward(leaf, target), leaf, g)  # in the loss' own dtype, to the bit
         _expect_gradient(loss_fn, output, gradient, unhooked, quantities)
         with tqdm(disable=True) as bar:
-            batch = Batch(output, at_batch, wanted, trace(output, wanted.values()), graph_survives=False)
+            generator = generator_of_call(quantities, output.device)
+            traced = trace(output, wanted.values())
+            batch = Batch(output, at_batch, wanted, traced, graph_survives=False, generator=generator)
             parts, _ = compute(batch, quantities, bar, chunk_size=1 if retained else None)
     for q in quantities:
         q.runs += 1

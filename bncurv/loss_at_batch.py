@@ -1,112 +1,208 @@
-"""A loss at one batch: its gradient and Hessian factor, in float64 and only when asked for (letters: ``engine.py``)."""
+"""A loss at one batch: its gradient and Hessian factor, only when asked for (letters: ``engine.py``).
+
+The gradient is autograd's of the very call ``loss_fn(output, y)``, in the model's dtype, whatever the loss is. The
+factor is the table's (``losses.py``), in float64, and stands for the loss only where gradient and Hessian of the call
+agree with it. PyTorch's own losses, as they are, need neither autograd nor comparison: the table's formulas are theirs.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from bncurv.losses import LOSSES, Factor, find_loss
+from bncurv.losses import LOSSES, PYTORCHS, Factor, Known, Loss, check_loss, find_loss, name_of, source_of
 from bncurv.probes import pattern
 
 # What PyTorch runs for its own modules: their formulas are held against autograd by the tests, not at every use
-_VERIFIED = [(rule, module_class.forward) for module_class, rule in LOSSES.items()]
+_VERIFIED = [(rule, module_class.forward) for module_class, rule in PYTORCHS.items()]
 
 
 class LossAtBatch:
     """The loss at one batch: gradient and Hessian factor with respect to the model's output, in its dtype.
 
-    Both are made in float64 when they are first asked for. As a source of columns it is the gradient, one column per
-    sample.
+    As a source of columns it is the gradient, one column per sample.
 
     Args:
-        loss_fn: a loss module of the table.
+        loss_fn: a module or function of output and target.
         output: the model's output ``[N, ...]``.
         target: the targets.
         scale: what the loss was multiplied by before ``backward()``.
+        hooked: whether the loss module's forward hooks take part.
+        empty_ok: whether a mean over no target at all is zero (one of several mini-batches) or an error.
+        parameters: of the model, by name: the loss may depend on them through the output only.
+
+    Attributes:
+        name: what messages call the loss.
+        plain: whether it is one of PyTorch's own in the table, as it is.
+        divisor: what the mean of a plain loss divides by; ``None`` where it sums.
 
     Raises:
-        TypeError, ValueError: where the loss, its options, or the shapes are not supported; also if the loss' own
-            derivatives are not those of the table's formulas (a subclass with another forward, say).
+        TypeError, ValueError: where the loss, its options, or the shapes are not supported.
     """
 
     columns_per_sample = 1
 
-    def __init__(self, loss_fn: nn.Module, output: Tensor, target: Tensor, scale: float = 1.0) -> None:
-        self._rule = find_loss(loss_fn)
-        self._rule.check(loss_fn, output, target)
-        if scale < 0:
-            raise ValueError(
-                f"The loss was multiplied by {scale:.3g} before backward(): a negative multiple of a convex loss has "
-                "no positive semi-definite GGN. Multiply by a positive number, or use ComponentGrad alone on the loss "
-                "itself."
-            )
-        precise = copy.copy(loss_fn)
-        precise._buffers = {
-            k: b.double() if b is not None and b.is_floating_point() else b for k, b in loss_fn._buffers.items()
-        }
-        wide = target.double() if target.is_floating_point() else target
-        self._scale, self._dtype = scale, output.dtype
-        with torch.enable_grad():
-            leaf = output.detach().double().requires_grad_()
-            value = precise.forward(leaf, wide)  # forward: without anybody's hooks; PyTorch's own errors come here
-            self._at = precise, leaf.detach(), wide
+    def __init__(
+        self,
+        loss_fn: Any,
+        output: Tensor,
+        target: Tensor,
+        scale: float = 1.0,
+        *,
+        hooked: bool = False,
+        empty_ok: bool = False,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        check_loss(loss_fn)
+        self.name, self.output, self.target = name_of(loss_fn), output.detach(), target
+        self._loss_fn, self._scale, self._dtype, self._hooked = loss_fn, scale, output.dtype, hooked
+        self._parameters = parameters or {}
+        own = plain_rule(loss_fn, hooked)
+        self.plain, self.divisor = own is not None, None
+        if own is None:
+            self._by_autograd = self.gradient_at(self.output, target)
+            return
+        own.check(loss_fn, self.output, target)
+        precise, leaf, wide = self._at
+        with torch.no_grad():
+            value = precise.forward(leaf, wide)  # PyTorch's own errors come here
+        if precise.reduction == "mean":
+            self.divisor = own.divisor(*self._at)
+        if not (empty_ok and self.divisor == 0):
             self._finite("value", value)
-            runs = getattr(precise.forward, "__func__", None)
-            if not any(rule is self._rule and forward is runs for rule, forward in _VERIFIED):
-                self._verify(value, leaf)
 
-    def _verify(self, value: Tensor, leaf: Tensor) -> None:
+    # ---------------------------------------------------------------- gradient
+    def gradient_at(self, output: Tensor, target: Tensor) -> Tensor:
+        """∂L/∂F by autograd, at any output and target.
+
+        Raises:
+            TypeError, ValueError: if the loss is no differentiable scalar of the output alone.
+        """
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            value = _call(self._loss_fn, self._hooked)(leaf.clone(), target)  # a clone may be changed in place
+            self._scalar(value)
+            found = torch.autograd.grad(
+                value, [leaf, *self._parameters.values()], retain_graph=True, allow_unused=True
+            )
+        for name, direct in zip(self._parameters, found[1:], strict=True):
+            if direct is not None:
+                raise ValueError(
+                    f"{self.name} depends on the parameter '{name}' past the model's output (a penalty, another "
+                    "forward pass?). Such a term belongs to no component: leave it out, and add its derivatives to "
+                    "the results."
+                )
+        if found[0] is None:
+            raise ValueError(f"{self.name} does not depend on the model's output, so it has no gradient.")
+        return self._finite("gradient", found[0])
+
+    def _scalar(self, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.name} returned {type(value).__name__}; expected a scalar tensor.")
+        if value.numel() != 1:
+            raise ValueError(
+                f"{self.name} returned shape {tuple(value.shape)}; expected a scalar, because the curvature is that "
+                "of one scalar: reduce it with .mean() or .sum(), or by reduction='mean' or 'sum'."
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                f"{self.name} returned a value without a graph; expected a differentiable function of the model's "
+                "output (detach(), no_grad() or argmax in the loss?)."
+            )
+        self._finite("value", value)
+
+    @functools.cached_property
+    def gradient(self) -> Tensor:
+        """∂L/∂F ``[n, *output]``."""
+        if not self.plain:
+            return self._by_autograd * self._scale
+        with torch.no_grad():
+            return (self._finite("gradient", self._rule.gradient(*self._at)) * self._scale).to(self._dtype)
+
+    # ---------------------------------------------------------------- factor
+    @functools.cached_property
+    def _rule(self) -> Loss:
+        rule = find_loss(self._loss_fn)
+        if rule is None:
+            known = ", ".join(c.__name__ for c in LOSSES)
+            raise TypeError(
+                f"The loss is {self.name}; bncurv knows the Hessian factor of the modules {known}. Use one of these, "
+                "or add yours with bncurv.register_loss (README, 'Extend it'). Quantities of the gradient alone "
+                "(ComponentGrad, ComponentL2Grad, SumComponentGradSquared, ComponentVariance) take any loss."
+            )
+        return rule
+
+    @functools.cached_property
+    def _at(self) -> tuple[Any, Tensor, Tensor]:
+        """The arguments of the table's formulas: loss, output and target, in float64."""
+        wide = self.target.double() if self.target.is_floating_point() else self.target
+        return _in_float64(self._loss_fn), self.output.double(), wide
+
+    @functools.cached_property
+    def _factor(self) -> Factor:
+        if self._scale < 0:
+            raise ValueError(
+                f"The loss was multiplied by {self._scale:.3g} before backward(): a negative multiple of a convex loss "
+                "has no positive semi-definite GGN. Multiply by a positive number, or ask for quantities of the "
+                "gradient alone."
+            )
+        self._rule.check(self._loss_fn, self.output, self.target)
+        with torch.no_grad():
+            factor = Factor(self._finite("Hessian factor", self._rule.blocks(*self._at)), self.output.shape)
+        if not self.plain:
+            self._verify(factor)
+        return factor
+
+    def _verify(self, factor: Factor) -> None:
         """Raise ValueError unless the derivatives of the loss' value are those of the formulas."""
-        (actual,) = torch.autograd.grad(value, leaf, create_graph=True)
-        u = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=leaf.dtype).to(leaf.device)
-        Hu = torch.autograd.grad(actual, leaf, u)[0] if actual.requires_grad else torch.zeros_like(u)
-        self._compare("gradient", actual.detach(), self._gradient, 1e-14)
-        self._compare("Hessian", Hu, self._factor.hessian_product(u), 1e-14 * float(actual.detach().norm()))
+        precise, output, wide = self._at
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            value = _call(precise, self._hooked)(leaf.clone(), wide)
+            (actual,) = torch.autograd.grad(value, leaf, create_graph=True)
+            u = torch.randn(
+                leaf.shape, generator=torch.Generator("cpu").manual_seed(0), dtype=leaf.dtype, device="cpu"
+            ).to(leaf.device)
+            Hu = torch.autograd.grad(actual, leaf, u)[0] if actual.requires_grad else torch.zeros_like(u)
+        with torch.no_grad():
+            expected = self._finite("gradient", self._rule.gradient(*self._at))
+        self._compare("gradient", actual.detach(), expected, 1e-14)
+        self._compare("Hessian", Hu, factor.hessian_product(u), 1e-14 * float(actual.detach().norm()))
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor, floor: float) -> None:
         difference, size = (actual - expected).norm(), actual.norm() + expected.norm()
         if not difference <= 1e-8 * size + floor:
+            hooks = ", ".join(name_of(h) for h in user_hooks(self._loss_fn)) if self._hooked else ""
+            cause = f"a forward hook ({hooks}) or the class' own forward" if hooks else "the class' own forward"
             raise ValueError(
-                f"{self._name}: its {what} differs from the formula that bncurv has for this loss "
-                f"(by {float(difference / size):.1e} relative). Either the class overrides the loss' forward, or the "
-                "formula registered for it is wrong. Register the loss with bncurv.register_loss, or correct the "
-                "formula."
+                f"{self.name}: its {what} differs from the formula that bncurv has for this loss (by "
+                f"{float(difference / size):.1e} relative). Either {cause} overrides what the formula is of, or the "
+                "formula registered for it is wrong. Register the loss with bncurv.register_loss, correct the formula"
+                f"{', remove the hook' if hooks else ''}, or ask for quantities of the gradient alone."
             )
-
-    @property
-    def _name(self) -> str:
-        return type(self._at[0]).__name__
 
     def _finite(self, what: str, t: Tensor) -> Tensor:
         if bool(t.detach().isfinite().all()):
             return t
         raise ValueError(
-            f"{self._name}: its {what} is not finite at this batch. Either the loss is undefined there (NaN/inf, or no "
+            f"{self.name}: its {what} is not finite at this batch. Either the loss is undefined there (NaN/inf, or no "
             "target that counts) or not convex in the model's output, or its registered formula is wrong. Correct the "
             "batch or the formula."
         )
 
     @functools.cached_property
-    def _gradient(self) -> Tensor:
-        with torch.no_grad():
-            return self._finite("gradient", self._rule.gradient(*self._at))
-
-    @functools.cached_property
-    def _factor(self) -> Factor:
-        with torch.no_grad():
-            return Factor(self._finite("Hessian factor", self._rule.blocks(*self._at)), self._at[1].shape)
-
-    @functools.cached_property
-    def gradient(self) -> Tensor:
-        """∂L/∂F ``[n, *output]``."""
-        return (self._gradient * self._scale).to(self._dtype)
-
-    @functools.cached_property
     def factor(self) -> Factor:
-        """The symmetric factor S."""
+        """The symmetric factor S.
+
+        Raises:
+            TypeError, ValueError: if the loss is not in the table, is not that of its formulas, or has no factor here.
+        """
         return Factor((self._factor.blocks * self._scale**0.5).to(self._dtype), self._factor.layout)
 
     @functools.cached_property
@@ -140,9 +236,53 @@ class LossAtBatch:
         Labels are drawn from the model's predictive distribution; the columns are the gradient's deviations for them.
         """
         if kind == "labels":
+            if not self.plain or self._scale < 0:
+                _ = self._factor  # its checks
             with torch.no_grad():
                 return (self._rule.sample(*self._at, draws, generator) * self._scale**0.5).to(self._dtype)
         blocks = self.factor.blocks
         shape = (*blocks.shape[:2], blocks.shape[3], draws)
-        signs = torch.randint(2, shape, generator=generator, device=blocks.device)
+        signs = torch.randint(2, shape, generator=generator, device=source_of(generator, blocks)).to(blocks.device)
         return blocks @ (2 * signs - 1).to(blocks.dtype)
+
+
+def plain_rule(loss_fn: Callable, hooked: bool) -> Known | None:
+    """The table's entry for one of PyTorch's own losses, if nothing changes what it computes."""
+    if type(loss_fn).__call__ is not nn.Module.__call__ or (hooked and user_hooks(loss_fn)):
+        return None
+    rule, runs = find_loss(loss_fn), getattr(loss_fn.forward, "__func__", None)  # type: ignore[attr-defined]
+    return next((own for own, forward in _VERIFIED if rule is own and runs is forward), None)
+
+
+def user_hooks(loss_fn: Any) -> list[Callable]:
+    """Forward hooks and pre-hooks that act when a module is called, but for BackPACK's and ours."""
+    if not isinstance(loss_fn, nn.Module):
+        return []
+    tables = [loss_fn._forward_pre_hooks, loss_fn._forward_hooks]
+    tables += [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
+    hooks = [hook for table in tables for hook in table.values()]
+    return [h for h in hooks if (getattr(h, "__module__", None) or "").split(".")[0] not in ("bncurv", "backpack")]
+
+
+def _call(loss_fn: Any, hooked: bool) -> Callable:
+    """The loss with its forward hooks, or without."""
+    return loss_fn.forward if isinstance(loss_fn, nn.Module) and not hooked else loss_fn
+
+
+def _in_float64(loss_fn: Any) -> Any:
+    """A copy of a loss module whose floating-point tensors are float64; it shares the hooks."""
+    if not isinstance(loss_fn, nn.Module):
+        return loss_fn
+    twin = copy.copy(loss_fn)
+    twin.__dict__.update(_wide(vars(loss_fn)))
+    for table in ("_buffers", "_parameters"):
+        twin.__dict__[table] = _wide(getattr(loss_fn, table))
+    twin.__dict__["_modules"] = {name: _in_float64(child) for name, child in loss_fn._modules.items()}
+    return twin
+
+
+def _wide(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        for name, t in entries.items()
+    }

@@ -9,7 +9,9 @@ per loss; `register_loss` adds one.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +91,24 @@ class Loss(ABC):
         Default: normally distributed (the predictive distribution of a squared error).
         """
         blocks = self.blocks(loss, output, target)
-        noise = torch.randn(*blocks.shape[:2], blocks.shape[3], draws, generator=generator, device=blocks.device)
-        return blocks @ noise.to(blocks.dtype)
+        where = source_of(generator, blocks)
+        noise = torch.randn(
+            *blocks.shape[:2], blocks.shape[3], draws, generator=generator, device=where, dtype=blocks.dtype
+        )
+        return blocks @ noise.to(blocks.device)
+
+
+class Known(Loss):
+    """A loss of PyTorch's own."""
+
+    def divisor(self, loss: nn.Module, output: Tensor, target: Tensor) -> float:
+        """What ``reduction="mean"`` divides by."""
+        return float(output.numel())
+
+
+def source_of(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    """Where to draw: a generator draws on its own device only."""
+    return like.device if generator is None else generator.device
 
 
 def _same_shape(loss: nn.Module, output: Tensor, target: Tensor) -> None:
@@ -101,11 +119,16 @@ def _same_shape(loss: nn.Module, output: Tensor, target: Tensor) -> None:
         )
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(Known):
     """``-Σ_e q_e log p_e`` at each position, q = weighted, smoothed target; H = (Σq)(diag p - p pᵀ)."""
 
     def check(self, loss, output, target):
         hard = not target.is_floating_point()
+        if hard and target.dtype not in (torch.int64, torch.uint8):
+            raise TypeError(
+                f"CrossEntropyLoss got a target of dtype {target.dtype}; expected class indices in int64 or uint8, or "
+                "class probabilities in a floating dtype. Convert it, e.g. y.long()."
+            )
         if output.dim() < 2:
             raise ValueError(
                 f"CrossEntropyLoss got a model output of shape {tuple(output.shape)}; expected [N, C, ...] "
@@ -119,21 +142,30 @@ class CrossEntropy(Loss):
                 f"{tuple(target.shape)}; expected {expected}. Reshape the target."
             )
 
+    def divisor(self, loss, output, target):
+        """The positions; of class indices, the weights of those that are not ignored."""
+        return output.numel() / output.shape[1] if target.is_floating_point() else float(self._weighed(loss, target))
+
+    def _weighed(self, loss: Any, target: Tensor) -> Tensor:
+        """Σ of the weights of class indices."""
+        indices = target.long()
+        counts = indices != loss.ignore_index
+        return counts.sum() if loss.weight is None else (loss.weight[torch.where(counts, indices, 0)] * counts).sum()
+
     def _coefficients(self, loss: Any, output: Tensor, target: Tensor) -> Tensor:
-        """Q of each position, ``[n, *t, e]``, reduction included."""
+        """Q of each position, ``[n, *t, e]``, reduction included; zeros for a mean over nothing."""
         classes, eps = output.shape[1], loss.label_smoothing
         weight = output.new_ones(classes) if loss.weight is None else loss.weight
         if target.is_floating_point():
             soft = torch.movedim(target, 1, -1) * (1 - eps) + eps / classes
             q = soft * weight
-            total: Tensor | float = output.numel() / classes
         else:
-            counts = target != loss.ignore_index
-            hot = nnf.one_hot(torch.where(counts, target, 0), classes).to(output.dtype)
+            indices = target.long()
+            counts = indices != loss.ignore_index
+            hot = nnf.one_hot(torch.where(counts, indices, 0), classes).to(output.dtype)
             soft = hot * (1 - eps) + eps / classes
             q = soft * weight * counts[..., None]
-            total = (weight[torch.where(counts, target, 0)] * counts).sum()
-        return q / total if loss.reduction == "mean" else q
+        return q / self.divisor(loss, output, target) if loss.reduction == "mean" and bool(q.any()) else q
 
     def gradient(self, loss, output, target):
         q, p = self._coefficients(loss, output, target), torch.movedim(output.softmax(1), 1, -1)
@@ -161,12 +193,13 @@ class CrossEntropy(Loss):
         # ŷ ~ p at each position:  E[(p - e_ŷ)(p - e_ŷ)ᵀ] = diag p - p pᵀ
         scale = self._coefficients(loss, output, target).sum(-1).reshape(len(output), -1)
         p = torch.movedim(output.softmax(1), 1, -1).reshape(*scale.shape, -1)
-        labels = torch.multinomial(p.flatten(0, 1), draws, replacement=True, generator=generator)
+        there = p.flatten(0, 1).to(source_of(generator, p))
+        labels = torch.multinomial(there, draws, replacement=True, generator=generator).to(p.device)
         hot = nnf.one_hot(labels.view(*scale.shape, draws), p.shape[-1]).to(p.dtype)
         return scale[..., None, None].sqrt() * (p[..., None] - hot.mT)
 
 
-class _Elementwise(Loss):
+class _Elementwise(Known):
     """Every output entry is its own position: e = j = 1."""
 
     def check(self, loss, output, target):
@@ -194,7 +227,7 @@ class SquaredError(_Elementwise):
     """``(F - y)²``; H = 2 (mean: over all N·C entries)."""
 
     def gradient(self, loss, output, target):
-        return 2 * (output - target) * _reduction_scale(loss, output)
+        return 2 * (output - target.to(output.dtype)) * _reduction_scale(loss, output)
 
     def curvature(self, loss, output, target):
         return torch.full_like(output, 2 * _reduction_scale(loss, output))
@@ -202,6 +235,14 @@ class SquaredError(_Elementwise):
 
 class BinaryCrossEntropy(_Elementwise):
     """``-w (v y log σ + (1 - y) log(1 - σ))``, v = pos_weight; H = w (v y + 1 - y) σ (1 - σ)."""
+
+    def check(self, loss, output, target):
+        super().check(loss, output, target)
+        if not target.is_floating_point():
+            raise TypeError(
+                f"BCEWithLogitsLoss got a target of dtype {target.dtype}; expected probabilities in a floating dtype. "
+                "Convert it, e.g. y.float()."
+            )
 
     def _scale(self, loss: Any, output: Tensor, target: Tensor) -> tuple[Tensor | float, Tensor | float]:
         weight = _reduction_scale(loss, output) * (1.0 if loss.weight is None else loss.weight)
@@ -221,47 +262,58 @@ class BinaryCrossEntropy(_Elementwise):
         weight, v = self._scale(loss, output, target)
         scale = (weight * (v * target + 1 - target) * torch.ones_like(output)).sqrt()[..., None]
         p = output.sigmoid()[..., None]
-        uniform = torch.rand(*output.shape, draws, generator=generator, device=output.device)
+        where = source_of(generator, p)
+        uniform = torch.rand(*output.shape, draws, generator=generator, device=where, dtype=p.dtype).to(p.device)
         return (scale * (p - (uniform < p).to(p.dtype))).flatten(1, -2).unsqueeze(2)
 
 
-LOSSES: dict[type[nn.Module], Loss] = {
+PYTORCHS: dict[type[nn.Module], Known] = {
     nn.CrossEntropyLoss: CrossEntropy(),
     nn.MSELoss: SquaredError(),
     nn.BCEWithLogitsLoss: BinaryCrossEntropy(),
 }
+LOSSES: dict[type[nn.Module], Loss] = dict(PYTORCHS)
 
 
 def register_loss(module_class: type[nn.Module], loss: Loss) -> None:
-    """Teach bncurv a loss module.
+    """Teach bncurv the Hessian of a loss module. Gradients need no such help: any loss has them by autograd.
 
     Args:
         module_class: class of the loss module, called as ``loss_fn(output, target)``.
-        loss: its gradient and Hessian factor; both are checked against autograd at every use.
+        loss: its gradient and Hessian factor; both are checked against autograd wherever the factor is used.
     """
     LOSSES[module_class] = loss
 
 
-def find_loss(loss_fn: nn.Module) -> Loss:
-    """The table's entry for a loss module.
+def is_loss(module: nn.Module) -> bool:
+    """Whether a module is a loss rather than a model: in the table, one of PyTorch's, or without any parameter."""
+    return isinstance(module, (*LOSSES, nn.modules.loss._Loss)) or next(module.parameters(), None) is None
+
+
+def name_of(loss_fn: Callable) -> str:
+    """What messages call a loss: its class, or a function's name."""
+    if isinstance(loss_fn, functools.partial):
+        return name_of(loss_fn.func)
+    return getattr(loss_fn, "__name__", type(loss_fn).__name__)
+
+
+def check_loss(loss_fn: Any) -> None:
+    """Raise unless a loss can be called and, if it says how it reduces, gives a scalar.
 
     Raises:
-        TypeError: if the loss is not in the table.
+        TypeError: if it cannot be called with an output and a target.
         ValueError: if it does not reduce to a scalar.
     """
-    for cls in type(loss_fn).__mro__:
-        if cls in LOSSES:
-            break
-    else:
-        known = ", ".join(c.__name__ for c in LOSSES)
-        what = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
-        raise TypeError(
-            f"The loss is {what}; bncurv knows the Hessian factor of the modules {known}. Use one of these, or add "
-            "yours with bncurv.register_loss (README, 'Extend it')."
-        )
-    if getattr(loss_fn, "reduction", "mean") not in ("mean", "sum"):
+    if isinstance(loss_fn, type) or not callable(loss_fn):
+        hint = f"{loss_fn.__name__}()" if isinstance(loss_fn, type) else "nn.CrossEntropyLoss()"
+        raise TypeError(f"loss_fn is {loss_fn!r}; expected a loss module or a function of (output, y), e.g. {hint}.")
+    if getattr(loss_fn, "reduction", "mean") == "none":
         raise ValueError(
-            f"{type(loss_fn).__name__} has reduction='{loss_fn.reduction}'; expected 'mean' or 'sum', because the "
-            "curvature is that of one scalar. Construct the loss with reduction='mean' or 'sum'."
+            f"{name_of(loss_fn)} has reduction='none'; expected 'mean' or 'sum', because the curvature is that of one "
+            "scalar. Construct the loss with reduction='mean' or 'sum'."
         )
-    return LOSSES[cls]
+
+
+def find_loss(loss_fn: Callable) -> Loss | None:
+    """The table's entry for a loss module, if there is one."""
+    return next((LOSSES[cls] for cls in type(loss_fn).__mro__ if cls in LOSSES), None)

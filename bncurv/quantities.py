@@ -60,6 +60,11 @@ class Quantity(BackpropExtension):
     def __call__(self, module: nn.Module, g_inp: Any, g_out: Any) -> None:
         """BackPACK runs this on each of its extended modules; our work happens at the loss (``extension.py``)."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers without a generator of its own."""
+        return False
+
     def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""
         return {key: batch.loss if key == "gradient" else batch.loss.factor for key in self.pulls}

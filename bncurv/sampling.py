@@ -7,11 +7,15 @@ variance.
 
 Whole-batch draws are summed over samples *before* they are pulled back and squared after: with batch coupling each
 sample's draw reaches all samples, and squaring per sample (as without BatchNorm) would be biased.
+
+Every call draws afresh. Without ``generator=`` its random numbers come from one draw of torch's global random state,
+which moves on by that draw: ``torch.manual_seed`` before a call makes it repeatable. A generator given moves on by all
+numbers drawn, and the global state stays. Quantities without draws leave all random states as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +25,20 @@ from bncurv.losses import Factor
 from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, combine, zeros
 
 
+def generator_of_call(quantities: Iterable[Quantity], device: torch.device) -> torch.Generator | None:
+    """Random numbers for one call, seeded by one draw of the global random state; ``None`` where none are needed."""
+    if not any(q.draws for q in quantities):
+        return None
+    return torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, (), device="cpu")))
+
+
 class _Sampled(Quantity):
     """Base: ``mc_samples`` draws of a kind from a generator.
 
     Args:
         mc_samples: number of draws M.
         kind: ``"rademacher"`` or ``"labels"``.
-        generator: source of randomness on the model's device; default: torch's global one.
+        generator: source of randomness, on any device; default: one seeded by a draw of torch's global random state.
     """
 
     def __init__(self, mc_samples: int = 1, kind: str = "rademacher", generator: torch.Generator | None = None) -> None:
@@ -38,9 +49,14 @@ class _Sampled(Quantity):
             raise ValueError(f"kind={kind!r}; expected 'rademacher' or 'labels'.")
         self.mc_samples, self.kind, self.generator = mc_samples, kind, generator
 
+    @property
+    def draws(self) -> bool:
+        """Unless a generator was given."""
+        return self.generator is None
+
     def draw(self, batch: Batch) -> Factor:
         """M random columns per sample."""
-        blocks = batch.loss.sample(self.mc_samples, self.kind, self.generator)  # [n, t, e, m]
+        blocks = batch.loss.sample(self.mc_samples, self.kind, self.generator or batch.generator)  # [n, t, e, m]
         return Factor(blocks, batch.output.shape, joint=True)
 
 

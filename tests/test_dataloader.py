@@ -38,8 +38,13 @@ def compute(data: Any, loss_fn: nn.Module | None = None, **options: Any) -> Any:
     return curvature(net(), loss_fn, data, DiagGGNExact(), ComponentGrad(), **options)
 
 
-def mean(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([r[name] for r in results]).mean(0) for name in results[0]}
+def shares(reduction: str, sizes: tuple[int, ...]) -> list[float]:
+    """What each mini-batch counts: a mean by its samples, a sum in full."""
+    return [1.0 if reduction == "sum" else size / sum(sizes) for size in sizes]
+
+
+def weighted(results: list[dict[str, Tensor]], by: list[float]) -> dict[str, Tensor]:
+    return {name: sum(w * r[name] for w, r in zip(by, results, strict=True)) for name in results[0]}
 
 
 def assert_equal(got: Any, want: Any) -> None:
@@ -54,25 +59,27 @@ def assert_equal(got: Any, want: Any) -> None:
 @REDUCTIONS
 @pytest.mark.parametrize("sizes", [(8,), (6, 6, 6), (8, 8, 4), (7, 2)], ids=str)
 def test_average(sizes: tuple[int, ...], reduction: str, method: str) -> None:
-    """The mean of the mini-batch quantities; every batch with its own statistics."""
+    """The weighted mean, or sum, of the mini-batch quantities; every batch with its own statistics."""
     batches, loss_fn = split(*sizes), cross_entropy(reduction=reduction)()
     res = compute(batches, loss_fn, method=method)
     diagonals = [reference.ggn_diagonal(net(), loss_fn, X, y) for X, y in batches]
-    assert_close(res.diag_ggn_exact, mean(diagonals))
+    by = shares(reduction, sizes)
+    assert_close(res.diag_ggn_exact, weighted(diagonals, by))
     gradients = [reference.gradient(net(), loss_fn, X, y) for X, y in batches]
     summed = {name: g.sum(0) for name, g in res.grad_component.items()}
-    assert_close(summed, mean(gradients))
+    assert_close(summed, weighted(gradients, by))
     assert res.batches == len(sizes)
 
 
 @METHODS
 @REDUCTIONS
 def test_concatenation(reduction: str, method: str) -> None:
-    """Components in the order of the samples, each divided by the number of batches."""
+    """Components in the order of the samples, each at its batch's weight."""
     batches, loss_fn = split(8, 8, 4), cross_entropy(reduction=reduction)()
     got = compute(batches, loss_fn, method=method).grad_component
     parts = [reference.component_gradients(net(), loss_fn, X, y) for X, y in batches]
-    assert_close(got, {name: torch.cat([p[name] for p in parts]) / 3 for name in parts[0]})
+    by = shares(reduction, (8, 8, 4))
+    assert_close(got, {n: torch.cat([w * p[n] for w, p in zip(by, parts, strict=True)]) for n in parts[0]})
     assert all(len(g) == 20 for g in got.values())
 
 
@@ -85,11 +92,11 @@ def test_union_is_another_matrix() -> None:
 
 
 def test_eval_mode_union_is_the_same() -> None:
-    """Without coupling the average over equal batches is the whole batch's diagonal over B."""
+    """Without coupling the weighted average is the whole batch's diagonal (`test_shares.py` has all quantities)."""
     model, loss_fn = net().eval(), nn.CrossEntropyLoss()
     whole = curvature(model, loss_fn, samples(), DiagGGNExact()).diag_ggn_exact
-    halves = curvature(model, loss_fn, split(10, 10), DiagGGNExact()).diag_ggn_exact
-    assert_close(halves, whole)
+    pieces = curvature(model, loss_fn, split(10, 7, 3), DiagGGNExact()).diag_ggn_exact
+    assert_close(pieces, whole)
 
 
 def test_one_batch_in_every_form() -> None:
@@ -219,7 +226,7 @@ def test_every_batch_sees_the_same_buffers() -> None:
     batches = split(8, 8)
     got = curvature(model, loss_fn, batches, DiagGGNExact()).diag_ggn_exact
     alone = [curvature(model, loss_fn, b, DiagGGNExact()).diag_ggn_exact for b in batches]
-    assert_close(got, mean(alone))
+    assert_close(got, weighted(alone, [0.5, 0.5]))
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
@@ -233,8 +240,16 @@ def test_a_bad_batch_is_an_error_wherever_it_is(bad: int) -> None:
 
 def test_last_batch_of_one_sample() -> None:
     """What every PyTorch user meets with drop_last=False."""
-    with pytest.raises(ValueError, match="at least 2 samples"):
+    with pytest.raises(ValueError, match=r"at least 2 samples.*1 sample\(s\) after one of 8.*drop_last=True"):
         compute(split(8, 1))
+
+
+def test_an_error_of_the_model_is_left_alone_where_the_batch_is_not_short() -> None:
+    model = net()
+    model.register_forward_pre_hook(lambda module, args: int("eight"))
+    with pytest.raises(ValueError, match="^invalid literal for int.*'eight'$"):
+        curvature(model, nn.CrossEntropyLoss(), split(8, 8), DiagGGNExact())
+
 
 
 # ------------------------------------------------------------------------------------ progress

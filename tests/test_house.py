@@ -12,7 +12,8 @@ FILES = {
 }
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
-    {"slow", "budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch"},
+    {"slow", "budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch",
+     "shares"},
     {"marks", "record", "graph", "structure"},
     {"blocks", "certificate", "linearity", "agreement", "squares", "products", "passes", "costs", "statistics_passes",
      "directions", "truncation", "engine"},

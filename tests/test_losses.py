@@ -272,16 +272,19 @@ class Renamed(nn.MSELoss):
 
 @pytest.mark.parametrize("kind", [Focal, Doubled, Centred])
 def test_gradient_check_catches(kind: type[nn.Module]) -> None:
+    """The formula of the base class is not that of the loss; the gradient is the loss' own."""
     y = torch.arange(N) % C if kind is Focal else torch.rand(N, C).double()
-    with pytest.raises(ValueError, match=rf"{kind.__name__}.*overrides.*register_loss"):
-        LossAtBatch(kind(), outputs(), y)
+    assert_gradient(kind(), outputs(), y)
+    with pytest.raises(ValueError, match=rf"{kind.__name__}.*overrides.*register_loss.*gradient alone"):
+        _ = LossAtBatch(kind(), outputs(), y).factor
 
 
 def test_forward_of_one_instance_is_checked() -> None:
     loss_fn = nn.MSELoss()
     loss_fn.forward = lambda f, y: 2 * nn.functional.mse_loss(f, y)
+    assert_gradient(loss_fn, outputs(), outputs())
     with pytest.raises(ValueError, match="MSELoss.*overrides.*register_loss"):
-        LossAtBatch(loss_fn, outputs(), outputs())
+        _ = LossAtBatch(loss_fn, outputs(), outputs()).factor
 
 
 def test_another_formula_for_a_built_in_loss_is_checked() -> None:
@@ -289,7 +292,7 @@ def test_another_formula_for_a_built_in_loss_is_checked() -> None:
     register_loss(nn.MSELoss, Twice())
     try:
         with pytest.raises(ValueError, match="MSELoss.*differs from the formula"):
-            LossAtBatch(nn.MSELoss(), outputs(), outputs())
+            _ = LossAtBatch(nn.MSELoss(), outputs(), outputs()).factor
     finally:
         register_loss(nn.MSELoss, built_in)
 
@@ -439,9 +442,20 @@ def test_registered_wrongly() -> None:
     register_loss(nn.L1Loss, Twice())
     try:
         with float64(0), pytest.raises(ValueError, match="L1Loss.*differs from the formula"):
-            LossAtBatch(nn.L1Loss(), torch.randn(N, C), torch.randn(N, C))
+            _ = LossAtBatch(nn.L1Loss(), torch.randn(N, C), torch.randn(N, C)).factor
     finally:
         del TABLE[nn.L1Loss]
+
+
+@pytest.mark.parametrize("first, second, what", [(1 + 1e-5, 1.0, "gradient"), (1.0, 1 + 1e-5, "Hessian")])
+def test_a_slightly_wrong_formula_is_found(
+    first: float, second: float, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = NEW[LogCosh]
+    wrong = Elementwise(lambda *a: first * right.first(*a), lambda *a: second * right.second(*a))
+    monkeypatch.setitem(TABLE, LogCosh, wrong)
+    with pytest.raises(ValueError, match=f"LogCosh: its {what} differs from the formula"):
+        _ = LossAtBatch(LogCosh(), outputs(), outputs()).factor
 
 
 def test_registered_hessian_is_checked() -> None:
@@ -449,7 +463,7 @@ def test_registered_hessian_is_checked() -> None:
     register_loss(LogCosh, Elementwise(NEW[LogCosh].first, lambda m, f, y: torch.ones_like(f)))
     try:
         with pytest.raises(ValueError, match="LogCosh.*Hessian"):
-            LossAtBatch(LogCosh(), outputs(), outputs())
+            _ = LossAtBatch(LogCosh(), outputs(), outputs()).factor
     finally:
         del TABLE[LogCosh]
 
@@ -459,6 +473,6 @@ def test_non_convex_registered_loss() -> None:
     register_loss(LogCosh, Elementwise(NEW[LogCosh].first, lambda m, f, y: (f - y).tanh() ** 2 - 1))
     try:
         with pytest.raises(ValueError, match="LogCosh.*(convex|finite|Hessian)"):
-            LossAtBatch(LogCosh(), outputs(), outputs())
+            _ = LossAtBatch(LogCosh(), outputs(), outputs()).factor
     finally:
         del TABLE[LogCosh]
