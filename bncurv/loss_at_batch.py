@@ -140,8 +140,8 @@ class LossAtBatch:
 
     @functools.cached_property
     def _at(self) -> tuple[Any, Tensor, Tensor]:
-        """The arguments of the table's formulas: loss, output and target, in float64."""
-        wide = self.target.double() if self.target.is_floating_point() else self.target
+        """The arguments of the table's formulas: loss, output and target, in float64 (int64 for whole numbers)."""
+        wide = self.target.double() if self.target.is_floating_point() else self.target.long()
         return _in_float64(self._loss_fn), self.output.double(), wide
 
     @functools.cached_property

@@ -148,9 +148,8 @@ class CrossEntropy(Known):
 
     def _weighed(self, loss: Any, target: Tensor) -> Tensor:
         """Σ of the weights of class indices."""
-        indices = target.long()
-        counts = indices != loss.ignore_index
-        return counts.sum() if loss.weight is None else (loss.weight[torch.where(counts, indices, 0)] * counts).sum()
+        counts = target != loss.ignore_index
+        return counts.sum() if loss.weight is None else (loss.weight[torch.where(counts, target, 0)] * counts).sum()
 
     def _coefficients(self, loss: Any, output: Tensor, target: Tensor) -> Tensor:
         """Q of each position, ``[n, *t, e]``, reduction included; zeros for a mean over nothing."""
@@ -160,9 +159,8 @@ class CrossEntropy(Known):
             soft = torch.movedim(target, 1, -1) * (1 - eps) + eps / classes
             q = soft * weight
         else:
-            indices = target.long()
-            counts = indices != loss.ignore_index
-            hot = nnf.one_hot(torch.where(counts, indices, 0), classes).to(output.dtype)
+            counts = target != loss.ignore_index
+            hot = nnf.one_hot(torch.where(counts, target, 0), classes).to(output.dtype)
             soft = hot * (1 - eps) + eps / classes
             q = soft * weight * counts[..., None]
         return q / self.divisor(loss, output, target) if loss.reduction == "mean" and bool(q.any()) else q
@@ -227,7 +225,7 @@ class SquaredError(_Elementwise):
     """``(F - y)²``; H = 2 (mean: over all N·C entries)."""
 
     def gradient(self, loss, output, target):
-        return 2 * (output - target.to(output.dtype)) * _reduction_scale(loss, output)
+        return 2 * (output - target) * _reduction_scale(loss, output)
 
     def curvature(self, loss, output, target):
         return torch.full_like(output, 2 * _reduction_scale(loss, output))

@@ -79,7 +79,8 @@ class CouplingReport(Quantity):
         own, full = (float(sum(p[key] for p in parts)) for key in ("own", "full"))
         coupled = [p for p in parts if p["P"] is not None]
         if not coupled:
-            return LayerCoupling(own, full, 0, torch.zeros(0, 0).double(), torch.zeros(0, 0).double())
+            nothing = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+            return LayerCoupling(own, full, 0, nothing, nothing)
         size = max(len(p["P"]) for p in coupled)
         flat = [p["P"] for p in coupled if len(p["P"]) == size]
         AA = next(p["AA"] for p in coupled if len(p["P"]) == size)
