@@ -296,7 +296,7 @@ def name_of(loss_fn: Callable) -> str:
 
 
 def check_loss(loss_fn: Any) -> None:
-    """Raise unless a loss can be called and, if it says how it reduces, gives a scalar.
+    """Raise unless a loss can be called and, if it is one of PyTorch's, reduces to a scalar.
 
     Raises:
         TypeError: if it cannot be called with an output and a target.
@@ -305,7 +305,7 @@ def check_loss(loss_fn: Any) -> None:
     if isinstance(loss_fn, type) or not callable(loss_fn):
         hint = f"{loss_fn.__name__}()" if isinstance(loss_fn, type) else "nn.CrossEntropyLoss()"
         raise TypeError(f"loss_fn is {loss_fn!r}; expected a loss module or a function of (output, y), e.g. {hint}.")
-    if getattr(loss_fn, "reduction", "mean") == "none":
+    if isinstance(loss_fn, nn.modules.loss._Loss) and loss_fn.reduction == "none":
         raise ValueError(
             f"{name_of(loss_fn)} has reduction='none'; expected 'mean' or 'sum', because the curvature is that of one "
             "scalar. Construct the loss with reduction='mean' or 'sum'."

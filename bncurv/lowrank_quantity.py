@@ -39,8 +39,8 @@ class _Factor(NamedTuple):
 class LowRankGGN(Quantity):
     """The GGN as a `LowRank` object: ``quantity.result`` after ``backward()``, ``Results.ggn`` of `curvature`.
 
-    Over several mini-batches it is the mean of their GGNs (each has its own batch statistics, so the composition of the
-    batches is part of the definition).
+    Over several mini-batches it is the weighted mean, or the sum, of their GGNs (each has its own batch statistics, so
+    the composition of the batches is part of the definition).
 
     Args:
         top: only so many leading eigenpairs (by Lanczos iterations); default: the whole spectrum.

@@ -123,9 +123,9 @@ def _squares(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
 class ComponentGrad(Quantity):
     """Per-component gradients ``grad_component [N, *p]``: g_n = (∂F_n/∂θ)ᵀ ∂L/∂F_n, F_n = F_n(whole batch, θ).
 
-    They sum to the gradient of the loss as reduced (a mean's 1/N is inside). With BatchNorm in training mode g_n is
-    not the gradient of a loss of sample n alone, since F_n depends on the whole batch. Definition: Dangel (2021),
-    "Structural implications of batch normalization".
+    They sum to the gradient of the loss as reduced (a mean's 1/N is inside), whatever function of the outputs the loss
+    is. With BatchNorm in training mode g_n is not the gradient of a loss of sample n alone, since F_n depends on the
+    whole batch. Definition: Dangel (2021), "Structural implications of batch normalization".
     """
 
     field = "grad_component"

@@ -91,6 +91,29 @@ def test_report_of_a_parameter_without_a_product(float64):
     assert entry.own_trace == pytest.approx(float(own["norm.weight"].sum() + own["norm.bias"].sum()), rel=1e-9)
 
 
+@pytest.mark.parametrize("method", ["auto", "dense"])
+def test_report_where_the_dense_way_is_cheaper(method):
+    """The report asks for the coupled way; told to go the dense way, it still has both traces."""
+    model, loss_fn, X, y = SOME[0].build()
+    assert curvature(model, loss_fn, (X, y), DiagGGNExact()).method == "dense"
+    got = curvature(model, loss_fn, (X, y), CouplingReport(), DiagGGNExact(), method=method)
+    want = curvature(model, loss_fn, (X, y), CouplingReport(), method="coupled").coupling
+    assert got.method == ("coupled" if method == "auto" else "dense")
+    for layer, entry in want.items():
+        assert got.coupling[layer].own_trace == pytest.approx(entry.own_trace, rel=1e-9)
+        assert got.coupling[layer].full_trace == pytest.approx(entry.full_trace, rel=1e-9)
+        assert got.coupling[layer].directions == (entry.directions if method == "auto" else 0)
+
+
+def test_report_over_mini_batches_is_the_first_ones():
+    model, loss_fn, X, y = SOME[0].build()
+    batches = [(X[:3], y[:3]), (X[3:], y[3:])]
+    got, want = (curvature(model, loss_fn, data, CouplingReport()).coupling for data in (batches, batches[0]))
+    assert {n: (e.own_trace, e.full_trace) for n, e in got.items()} == {
+        n: (e.own_trace, e.full_trace) for n, e in want.items()
+    }
+
+
 def test_report_in_the_context():
     model, loss_fn, X, y = SOME[0].build()
     report = CouplingReport()
@@ -132,6 +155,20 @@ def test_tol(tol):
         assert float((rough.diag_ggn_exact[name] - diagonal).abs().sum()) <= bound * (1 + 1e-9) + 1e-12
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_error_over_mini_batches(reduction):
+    """Of V stacked over the mini-batches at their weights."""
+    model, _, X, y = trained_resnet()
+    loss_fn, batches = nn.CrossEntropyLoss(reduction=reduction), [(X[:16], y[:16]), (X[16:], y[16:])]
+    shares = (1.0, 1.0) if reduction == "sum" else (2 / 3, 1 / 3)
+    got = curvature(model, loss_fn, batches, DiagGGNExact(), method="coupled", tol=0.1).error
+    alone = [curvature(model, loss_fn, b, DiagGGNExact(), method="coupled", tol=0.1).error for b in batches]
+    for name, error in got.items():
+        squares = sum(s * each.get(name, 0.0) ** 2 for s, each in zip(shares, alone, strict=True))
+        assert error == pytest.approx(squares**0.5)
+    assert got.keys() == alone[0].keys() | alone[1].keys()
+
+
 def test_zero_tol_is_exact_and_has_no_error():
     model, loss_fn, X, y = trained_resnet()
     assert curvature(model, loss_fn, (X, y), DiagGGNExact(), method="coupled").error == {}
@@ -149,6 +186,16 @@ def test_directions_in_groups_of_parameters(budget, tol, monkeypatch):
     for field in ("diag_ggn_exact", "grad_component"):
         for name, t in getattr(whole, field).items():
             assert torch.allclose(getattr(parts, field)[name], t, rtol=1e-6 if tol else 1e-9, atol=1e-12), name
+
+
+def test_error_in_groups_of_parameters(monkeypatch):
+    """That of every parameter, whatever group it was in."""
+    model, loss_fn, X, y = trained_resnet()
+    whole = curvature(model, loss_fn, (X, y), DiagGGNExact(), method="coupled", tol=0.1)
+    monkeypatch.setattr("bncurv.costs.DIRECTION_BYTES", 0)
+    parts = curvature(model, loss_fn, (X, y), DiagGGNExact(), method="coupled", tol=0.1)
+    assert parts.passes > whole.passes and len(whole.error) > 3
+    assert parts.error == pytest.approx(whole.error)
 
 
 def test_one_group_of_directions_at_a_time(monkeypatch):

@@ -1,6 +1,8 @@
 """All other quantities against the oracle's Jacobian on the model cases, and BackPACK where there is no coupling."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -166,6 +168,83 @@ def test_generator_reproduces_and_leaves_the_global_state():
     )
     assert all(torch.equal(one.diag_ggn_mc[n], t) for n, t in two.diag_ggn_mc.items())
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Inside(bncurv.quantities.Quantity):
+    """Does something in the middle of a call."""
+
+    field = "inside"
+
+    def __init__(self, action):
+        super().__init__()
+        self.action = action
+
+    def add(self, state, key, rows):
+        action, self.action = self.action, None
+        if action:
+            action()
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_one_quantity_in_two_calls_at_once(free):
+    """It is a specification: a call inside a call shares nothing with it."""
+    outer, inner = (next(c for c in MODELS if c.name == name).build() for name in ("mlp_bn", "two_bns"))
+    quantities = bncurv.LowRankGGN(top=2, matrix_free=free), bncurv.ComponentVariance(), bncurv.DiagGGNExact()
+    want = curvature(*outer[:2], outer[2:], *quantities)
+    nested = Inside(lambda: curvature(*inner[:2], inner[2:], *quantities))
+    got = curvature(*outer[:2], outer[2:], *quantities, nested)
+    assert nested.action is None
+    assert_close(got.variance, want.variance), assert_close(got.diag_ggn_exact, want.diag_ggn_exact)
+    assert torch.allclose(got.ggn.gradient, want.ggn.gradient, rtol=1e-12)
+    assert torch.allclose(got.ggn.eigenvalues, want.ggn.eigenvalues, rtol=1e-9)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_failed_call_leaves_nothing_on_a_quantity(free):
+    model, loss_fn, X, y = next(c for c in MODELS if c.name == "mlp_bn").build()
+    graphs: weakref.WeakSet = weakref.WeakSet()
+    model.register_forward_hook(lambda module, args, out: graphs.add(out))
+    quantities = bncurv.LowRankGGN(top=2, matrix_free=free), bncurv.DiagGGNMC(2), bncurv.ComponentVariance()
+    before = [dict(vars(q)) for q in quantities]
+    with pytest.raises(IndexError):
+        curvature(model, loss_fn, (X, y), *quantities, Inside(lambda: [][0]))
+    gc.collect()
+    assert [vars(q) for q in quantities] == before and not graphs
+
+
+def one_image(head):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2), *head
+    model = nn.Sequential(*layers).double()
+    nn.init.uniform_(model[1].weight), nn.init.normal_(model[1].bias)
+    return model, torch.randn(1, 2, 5, 5).double()
+
+
+@pytest.mark.parametrize("method", ["coupled", "dense"])
+@pytest.mark.parametrize("head", ["pixels", "classes"])
+def test_one_image(head, method):
+    """N = 1: positions make the statistics, and nothing is there to be coupled but the sample with itself."""
+    model, X = one_image([] if head == "pixels" else [nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)])
+    y = torch.randint(2, (1, 3, 3) if head == "pixels" else (1,))
+    res = curvature(model, nn.CrossEntropyLoss(), (X, y), bncurv.DiagGGNExact(), bncurv.ComponentGrad(), method=method)
+    whole = reference.ggn_diagonal(model, nn.CrossEntropyLoss(), X, y)
+    assert_close(res.diag_ggn_exact, whole)
+    gradient = reference.gradient(model, nn.CrossEntropyLoss(), X, y)
+    assert_close(res.grad_component, {n: t[None] for n, t in gradient.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_a_saturated_batch(dtype):
+    """A label of probability zero: its gradient is no combination of the factor's columns, which vanish there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).to(dtype)
+    with torch.no_grad():
+        model[2].bias[1] -= 900
+    X, y, loss_fn = torch.randn(6, 4).to(dtype), torch.tensor([0, 1, 2, 0, 1, 2]), nn.CrossEntropyLoss()
+    for quantity in (bncurv.LowRankGGN(), bncurv.LowRankGGN(top=1, matrix_free=True)):
+        G = curvature(model, loss_fn, (X, y), quantity, method="coupled").ggn
+        want = torch.cat([t.flatten() for t in reference.gradient(model, loss_fn, X, y).values()])
+        assert float((G.gradient - want).norm() / want.norm()) < 100 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("arguments", [{"mc_samples": 0}, {"mc_samples": 1.5}, {"kind": "gauss"}])
