@@ -16,6 +16,8 @@ PRIVATE = {
     "torch._dynamo",  # whether the compiler has been imported
     "torch._disable_dynamo",  # torch.compiler.disable, without importing the compiler
     "torch.autograd.Variable._execution_engine",  # its queue_callback: when backward() has ended
+    "torch_module._global_forward_pre_hooks",  # hooks of all modules act on a loss that is called too
+    "torch_module._global_forward_hooks",
     "torch_module._global_forward_hooks_with_kwargs",  # the handle's remove() leaves an entry there
 }
 
