@@ -166,9 +166,7 @@ class LossAtBatch:
             leaf = output.detach().requires_grad_()
             value = _call(precise, self._hooked)(leaf.clone(), wide)
             (actual,) = torch.autograd.grad(value, leaf, create_graph=True)
-            u = torch.randn(
-                leaf.shape, generator=torch.Generator("cpu").manual_seed(0), dtype=leaf.dtype, device="cpu"
-            ).to(leaf.device)
+            u = pattern(leaf.shape, leaf)
             Hu = torch.autograd.grad(actual, leaf, u)[0] if actual.requires_grad else torch.zeros_like(u)
         with torch.no_grad():
             expected = self._finite("gradient", self._rule.gradient(*self._at))

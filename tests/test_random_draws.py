@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import bncurv
 from bncurv import ComponentDiagGGNMC, DiagGGNExact, DiagGGNMC, SqrtGGNMC, curvature, extend, reference
+from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import LOSSES
+from bncurv.sampling import generator_of_call
 
 SAMPLED = (DiagGGNMC, ComponentDiagGGNMC, SqrtGGNMC)
 KINDS = pytest.mark.parametrize("kind", ["rademacher", "labels"])
@@ -142,11 +144,12 @@ def test_a_generator_moves_on_by_itself(kind: str) -> None:
 @KINDS
 def test_new_tensors_may_go_elsewhere_by_default(kind: str) -> None:
     model, loss_fn, X, y = ONE.build()
-    want = call(DiagGGNMC(2, kind, torch.Generator().manual_seed(5)))
+    want = LossAtBatch(loss_fn, model(X), y).sample(2, kind, torch.Generator().manual_seed(5))
     with torch.device("meta"):
-        got = curvature(model, loss_fn, (X, y), DiagGGNMC(2, kind, torch.Generator("cpu").manual_seed(5)))
-        curvature(model, loss_fn, [(X, y), (X, y)], *(q(kind=kind) for q in SAMPLED))
-    assert all(torch.equal(t, want[f"diag_ggn_mc {name}"]) for name, t in got.diag_ggn_mc.items())
+        at_batch = LossAtBatch(loss_fn, model(X), y)
+        assert torch.equal(at_batch.sample(2, kind, torch.Generator("cpu").manual_seed(5)), want)
+        assert at_batch.sample(2, kind, generator_of_call([DiagGGNMC()], X.device)).device == X.device
+        assert at_batch.sample(2, kind, None).device == X.device
 
 
 # ----------------------------------------------------------------------- one draw, many batches, scales
