@@ -82,7 +82,9 @@ def moments_move() -> Iterator[Row]:
     mean = x.mean()
     gradient_m, gradient_x = grad((x - mean).sum(), (mean, x))
     said = f"dL/dm = {gradient_m:g}, dL/dx = ({gradient_x[0]:g}, {gradient_x[1]:g})"
-    yield refute("S6", gradient_m == -2 and bool((gradient_x == 0).all()), said, dm=float(gradient_m), dx=gradient_x)
+    yield refute(
+        "S6", gradient_m.item() == -2 and bool((gradient_x == 0).all()), said, dm=float(gradient_m), dx=gradient_x
+    )
 
     worst = {}
     for m in (2, 8):
@@ -105,7 +107,7 @@ def moments_move() -> Iterator[Row]:
             losses.append(loss.item())
             with torch.no_grad():
                 b -= 0.1 * grad(loss, b)[0]
-        ends[kind] = (abs(float(b)), abs(losses[-1] - losses[0]))
+        ends[kind] = (abs(b.item()), abs(losses[-1] - losses[0]))
     (b, change), (kept, _) = ends.values()
     said = f"held constant: |b| = {b:.1f}, loss change {change:.0e}; through the mean: |b| = {kept:.0e}"
     yield check("S8", b > 10 and change < 1e-12 and kept < 1e-12, said, detached=b, change=change, through=kept)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import run_all
+import spectrum_training
 import torch
 from lib import command, figures, statements, systems
 from lib.command import Run
@@ -36,7 +37,6 @@ TO_COME = {
     "quadratic_model",
     "real_data",
     "smoothness",
-    "spectrum_training",
 }
 WRITTEN = [name for name in statements.scripts() if name not in TO_COME]
 FAST = {
@@ -138,6 +138,11 @@ def test_unknown_ids_and_verdicts_are_refused():
         check("D99", True, "")
     with pytest.raises(ValueError, match="maybe"):
         Row("D1", "", "maybe")
+
+
+def test_the_gpu_experiment_works_at_a_small_size(float64: None):
+    row = spectrum_training.cifar_size_row(torch.device("cpu"), n=8, width=4, size=8, draws=20)
+    assert row.verdict == "holds" and row.numbers["z"] != 0
 
 
 # --- systems --------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ LOOK = {
     "gn": {"color": PURPLE, "marker": "P", "label": "GroupNorm"},
 }
 
+MODES = ("train", "frozen", "eval", "none")
+
 STYLE = {
     "font.size": 11,
     "axes.titlesize": "medium",

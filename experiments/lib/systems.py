@@ -230,9 +230,28 @@ def ggn(model: nn.Module, data: Batch, loss_fn: nn.Module | None = None, *, top:
     return bncurv.curvature(model, loss_fn or nn.CrossEntropyLoss(), data, bncurv.LowRankGGN(top)).ggn
 
 
+@torch.no_grad()
+def estimate_population(model: nn.Module, X: Tensor, batch_size: int = 128) -> None:
+    """Running statistics as the averages over the batches of ``X``, in place: what eval mode means before training."""
+    momenta = {bn: bn.momentum for bn in batch_norms(model)}
+    for bn in momenta:
+        bn.reset_running_stats()
+        bn.momentum = None  # cumulative average
+    for batch in X.split(batch_size):
+        if len(batch) == batch_size:
+            model(batch)
+    for bn, momentum in momenta.items():
+        bn.momentum = momentum
+
+
 def modes(model: nn.Module, X: Tensor) -> dict[str, nn.Module]:
     """The same parameters in train mode, frozen at ``X``, and in eval mode."""
     return {"train": model, "frozen": frozen(model, X), "eval": evaluated(model)}
+
+
+def participation(values: Tensor) -> float:
+    """Participation ratio (Σ λ)² / Σ λ²: how many eigenvalues the trace is spread over."""
+    return float(values.sum() ** 2 / values.square().sum())
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
