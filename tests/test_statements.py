@@ -31,7 +31,6 @@ TO_COME = {
     "laplace",
     "mc_diag",
     "mode_matters",
-    "norm_zoo",
     "ols_bn",
     "per_sample",
     "quadratic_model",

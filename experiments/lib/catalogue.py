@@ -454,7 +454,7 @@ _ALL = [
     Statement(
         "G15", "norm_zoo",
         "BatchNorm preconditions: curvature becomes isotropic",
-        "over-read: participation ratio 3 times that of the others, yet < 20 % of the rank",
+        "over-read: participation ratio > 3 times that of the others (raw pixels), yet < 1/3 of the rank",
         "Bjorck et al. 2018",
     ),
     Statement("G16", "", "Representations cluster under BatchNorm (2025)", "documentation only"),
