@@ -63,8 +63,11 @@ def disagreeing(
         ulps = ROUNDING**2 * torch.finfo(u.dtype).eps
         movement = max(largest(m[name] / factor - truth[name]) for factor, m in moved)
         cancelled = apart[name] <= ulps * coupled[name].terms
-        lost_by_truth = apart[name] <= ROUNDING * movement or (not cancelled and apart[name] <= ulps * terms(name))
-        if not lost_by_truth:
+        if cancelled:  # then the ordinary pass is better, unless all that it gives is rounding
+            fine = ROUNDING * movement >= min(apart[name], largest(truth[name]))
+        else:
+            fine = apart[name] <= max(ROUNDING * movement, ulps * terms(name))
+        if not fine:
             found[name] = Difference(apart[name] / size[name], cancelled)
     return found
 

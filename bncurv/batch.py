@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from bncurv.blocks import Batch
-from bncurv.checks import check_precision
+from bncurv.checks import check_grads, check_precision
 from bncurv.engine import Engine
 from bncurv.quantities import Quantity
 
@@ -44,10 +44,12 @@ def compute(
     engine = Engine(batch, sources, method, chunk_size, bar.update, tol, keep_own, squares)
     bar.total = (bar.total or 0) + engine.planned
     states = {q.field: q.start(batch) for q in quantities}
+    grads = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in batch.parameters.items()}
     for key, rows in engine.pull():
         for q in quantities:
             if key in asked[q.field]:
                 q.add(states[q.field], key, rows)
+    check_grads(batch.parameters, grads)
     return {q.field: q.finish(states[q.field]) for q in quantities}, engine
 
 

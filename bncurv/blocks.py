@@ -94,14 +94,14 @@ class Correction:
             for moment in range(len(p)):
                 by_channel.addcmul_(a[n, :, moment, :, None], p[moment].reshape(p.shape[1], -1))
 
-    def summed(self) -> Tensor | float:
-        """Summed over samples and columns, ``[*p]``."""
-        total: Tensor | float = 0.0
+    def summed(self, like: Tensor) -> Tensor:
+        """Summed over samples and columns, ``[*p]`` as ``like``."""
+        total = torch.zeros_like(like)
         if self.A is not None and self.P is not None:
-            total = torch.tensordot(self.A.sum((0, 1)), self.P, 1)
+            total += torch.tensordot(self.A.sum((0, 1)), self.P, 1)
         for a, p in self.direct:
             by_channel = a.sum((0, 1))  # [moment, o]
-            total = total + (by_channel.view(*by_channel.shape, *(1,) * (p.dim() - 2)) * p).sum(0)
+            total += (by_channel.view(*by_channel.shape, *(1,) * (p.dim() - 2)) * p).sum(0)
         return total
 
     def dense(self) -> tuple[Tensor, Tensor] | None:

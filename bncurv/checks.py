@@ -146,3 +146,23 @@ def check_precision(trace: Trace) -> None:
             "or a cast in the code), which loses the digits that curvature needs. Switch autocast off around the call, "
             "or cast these modules to float32."
         )
+
+
+def check_grads(parameters: Mapping[str, Tensor], before: Mapping[str, tuple[Tensor | None, int | None]]) -> None:
+    """Raise RuntimeError where our passes have accumulated into ``.grad``: a backward pass that calls ``backward()``.
+
+    Args:
+        parameters: by name.
+        before: their ``.grad`` before the passes, and its version.
+    """
+    changed = [
+        name
+        for name, p in parameters.items()
+        if p.grad is not before[name][0] or (p.grad is not None and p.grad._version != before[name][1])
+    ]
+    if changed:
+        raise RuntimeError(
+            f"The backward pass of the model adds to .grad of {listed(changed)} by itself: a custom autograd Function "
+            "calls backward() inside (reversible or memory-saving blocks), which torch.autograd.grad cannot follow. "
+            "Let it return these gradients (torch.autograd.grad inside), or leave the parameters out with params=...."
+        )

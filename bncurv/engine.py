@@ -22,22 +22,19 @@ backpropagates all N·C columns with open gates. Both are exact.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from bncurv.agreement import Sum, disagreeing, largest
+from bncurv.assurance import Assurance
 from bncurv.blocks import Batch, Correction, Rows, Source, Squares, WholeBatch
 from bncurv.budget import chunks
-from bncurv.certificate import find_mixing
 from bncurv.costs import Costs
 from bncurv.directions import Directions
-from bncurv.passes import Passes, vjp
-from bncurv.precision import ROUNDING, ulp
+from bncurv.passes import Passes
 from bncurv.products import Products
-from bncurv.slow import listed, user_level, warn_slow
+from bncurv.slow import listed, warn_slow
 from bncurv.structure import Structure
 from bncurv.truncation import TruncatedDirections
 
@@ -87,6 +84,7 @@ class Engine:
         self.costs = Costs(self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size)
         quiet = [p for name, p in self.wanted.items() if self.structure.vanishes(name)]
         self._passes = Passes(self.output, self.trace, self.structure, tick, quiet)
+        self._checks = Assurance(self._passes, self.trace, self.products, list(self._sources.values()))
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
         self._slow = self._without_product()
@@ -118,99 +116,15 @@ class Engine:
             )
         if not self._columns:
             return "dense"
-        if self._method == "auto" and self.costs.dense() <= self.costs.coupled(self._slow) and not self._offset():
-            return "dense"
-        problem = self._mixing()
+        if self._method == "auto" and self.costs.dense() <= self.costs.coupled(self._slow):
+            if not self._checks.offset():
+                return "dense"
+        problem = self._checks.mixing()
         if problem and self._method == "coupled":
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
         return "dense" if problem else "coupled"
-
-    @property
-    def _u(self) -> Tensor:
-        """All columns of all sources mixed, ``[n, *output]``: a probe that is nothing else than what is pulled."""
-        return torch.stack([source.mixture() for source in self._sources.values()]).sum(0)
-
-    def _offset(self) -> bool:
-        """Whether an ordinary pass loses ten times as many digits as the coupled way's centred products.
-
-        Below a BatchNorm Σ_s δ_s = 0 but for rounding, which an ordinary pass multiplies by the mean of the layer's
-        input; the loss shows where that is far from zero in units of the standard deviation.
-        """
-        for j, i in self.structure.direct.items():
-            offset = self.trace.sites[j].coupling.offset
-            if i is None or i not in self.products.centred or offset <= ROUNDING:
-                continue
-            call = self.trace.sites[i].call
-            (delta,) = vjp([self.output], [self.trace.sites[i].edge], [self._u[None]])
-            if delta is None or "weight" not in call.parameters:
-                continue
-            rows = call.layer.left("weight", call.arguments, delta)  # [1, n, g, o, s]
-            left_over = largest(rows.sum((1, 4))) * largest(self.products.mean(i, "weight"))
-            truth = largest(self.products.summed_at(i, "weight", delta))
-            if left_over > torch.finfo(rows.dtype).eps * offset * truth:
-                return True
-        return False
-
-    def _mixing(self) -> str | None:
-        """What mixes samples beside the known couplings, if anything does; keeps its probe for `_disagreeing`."""
-        for site in self.trace.sites:
-            if site.mark.coupling and site.mark.rows % self.samples:
-                return (
-                    f"the input of '{site.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
-                    f"of the {self.samples} samples, so its rows cannot be told apart by sample."
-                )
-        watched = sorted({*self.structure.calls_in(-1), *self.structure.couplings})
-        edges = self.structure.edges(watched)
-        u = self._u
-
-        def pull(v: Tensor) -> list[Tensor | None]:
-            return [None if d is None else d[0] for d in vjp([self.output], edges, [v[None]])] if edges else []
-
-        with self._passes.closed():
-            self._passes.demand_linear(edges, u)
-            delta = pull(u)
-            self._probe = u, {j: None if d is None else d[None] for j, d in zip(watched, delta, strict=True)}
-            return find_mixing(pull, u, delta, self.trace)
-
-    def _disagreeing(self, names: list[str], directions: Directions | TruncatedDirections) -> list[str]:
-        """Those of the parameters for which the coupled way is not what an ordinary pass is; they go the dense way."""
-        u, delta = self._probe
-        directions.read(delta, 1)
-        coupled = {}
-        for name in names:
-            own, rest = self.products.summed(name, delta, 1, {})[0], directions.correction(name).summed()
-            slack = ROUNDING * self.error.get(name, 0.0)
-            if self.structure.vanishes(name):
-                slack += ROUNDING**2 * ulp(u.dtype) * self.products.terms(name, delta)
-            coupled[name] = Sum(own + rest, largest(own) + largest(torch.as_tensor(rest)), slack)
-
-        def pull(v: Tensor) -> dict[str, Tensor]:
-            got = vjp([self.output], [self.wanted[n] for n in names], [v[None]])
-            return {n: self.products.zeros(n) if g is None else g[0] for n, g in zip(names, got, strict=True)}
-
-        found = disagreeing(pull, u, coupled, lambda name: self.products.terms(name, delta))
-        lost = [name for name, difference in found.items() if difference.cancelled]
-        unseen = [name for name in found if name not in lost]
-        if unseen:
-            warn_slow(
-                f"For {listed(unseen)} the coupled way differs from an ordinary backward pass "
-                f"({max(found[n].size for n in unseen):.0e} relative): something acts on gradients unseen, such as a "
-                "hook on a node of the graph. Taking the dense way for them: exact, one backward pass per component."
-            )
-        if lost and self._method == "coupled":
-            warnings.warn(f"Cancellation: the coupled way loses digits for {listed(lost)} "
-                          f"({max(found[n].size for n in lost):.0e} relative). Use method='auto' or 'dense'.",
-                          stacklevel=user_level())  # fmt: skip
-            return unseen
-        if lost:
-            warn_slow(
-                f"The coupled way loses digits for {listed(lost)} to cancellation "
-                f"({max(found[n].size for n in lost):.0e} relative; few values per channel of a BatchNorm?). Taking "
-                "the dense way for them: one backward pass per component."
-            )
-        return unseen + lost
 
     @property
     def planned(self) -> int:
@@ -251,7 +165,7 @@ class Engine:
     def _group(self, names: list[str]) -> Generator[tuple[str, Rows | Squares], None, list[str]]:
         """The coupled way for some parameters; gives back those that must go the other."""
         directions = self._pull_directions(list(self._sources.values()), names)
-        wrong = self._disagreeing(names, directions)
+        wrong = self._checks.disagreeing(names, directions, self.error, self._method)
         names = [name for name in names if name not in wrong]
         for key, source in self._sources.items() if names else ():
             for block in self._coupled(source, names, directions, key in self._squares):

@@ -55,7 +55,7 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], single: bool = Fal
         return Verdict.NOT_LINEAR
     moved = [_apart(pull(factor * probe), ordinary, factor) for factor in (0.7, 0.9, 1.3)]
     noise = [max(d for d, _ in by_factor) for by_factor in zip(*moved, strict=True)]
-    floor = ROUNDING * torch.finfo(u.dtype).eps * max(size for _, size in apart)
+    floor = ROUNDING * torch.finfo(u.dtype).eps * max((size for _, size in apart), default=0.0)
     explained = (
         d <= max(ROUGHLY[u.dtype] * size, ROUNDING * n, floor) for (d, size), n in zip(apart, noise, strict=True)
     )
@@ -64,12 +64,13 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], single: bool = Fal
 
 def _apart(a: list[Tensor | None], b: list[Tensor | None], scale: float = 1.0) -> list[tuple[float, float]]:
     """By edge: largest difference of a / scale from b, and largest entry."""
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[Tensor] = []
     for x, y in zip(a, b, strict=True):
         known = x if y is None else y
         if known is None or not known.numel():
             continue
         x = torch.zeros_like(known) if x is None else x if scale == 1 else x / scale
         y = torch.zeros_like(known) if y is None else y
-        found.append(((x - y).abs().amax(), x.abs().amax()))
-    return [(d, size) for d, size in torch.tensor(found).view(-1, 2).tolist()]
+        found += [(x - y).abs().amax(), x.abs().amax()]
+    flat = torch.stack(found).tolist() if found else []  # one wait for the device
+    return list(zip(flat[::2], flat[1::2], strict=True))

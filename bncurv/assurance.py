@@ -1,0 +1,148 @@
+"""Whether the coupled way holds on a graph, asked with the columns that it is to pull back (letters: ``engine.py``).
+
+Before: is there coupling that the gates do not cover (``certificate.py``); would an ordinary pass lose more digits than
+it. Once the directions are known: is what it gives what an ordinary pass gives (``agreement.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bncurv.agreement import Sum, disagreeing, largest
+from bncurv.blocks import Correction, Source
+from bncurv.certificate import find_mixing
+from bncurv.graph import Trace
+from bncurv.passes import Passes, vjp
+from bncurv.precision import ROUNDING, ulp
+from bncurv.products import Products
+from bncurv.slow import listed, user_level, warn_slow
+
+
+class Corrections(Protocol):
+    """What makes the corrections of rows (``directions.py``, ``truncation.py``)."""
+
+    def read(self, delta: Mapping[int, Tensor | None], count: int) -> None:
+        """Take A from the cotangents of ``count`` columns with closed gates."""
+        ...
+
+    def correction(self, name: str) -> Correction:
+        """The correction of one parameter's rows for the columns last read."""
+        ...
+
+
+class Assurance:
+    """Checks of the coupled way on one graph; their passes are not counted.
+
+    Args:
+        passes: passes through the graph.
+        trace: the traced graph.
+        products: parameter products there.
+        sources: the columns that will be pulled back.
+    """
+
+    def __init__(self, passes: Passes, trace: Trace, products: Products, sources: list[Source]) -> None:
+        self._passes, self._trace, self._products, self._sources = passes, trace, products, sources
+        self._output, self._structure = passes.output, passes.structure
+
+    @functools.cached_property
+    def _u(self) -> Tensor:
+        """All columns of all sources mixed, ``[n, *output]``: a probe that is nothing else than what is pulled."""
+        return torch.stack([source.mixture() for source in self._sources]).sum(0)
+
+    def offset(self) -> bool:
+        """Whether an ordinary pass loses ten times as many digits as the coupled way's centred products.
+
+        Below a BatchNorm Σ_s δ_s = 0 but for rounding, which an ordinary pass multiplies by the mean of the layer's
+        input; the loss shows where that is far from zero in units of the standard deviation.
+        """
+        for j, i in self._structure.direct.items():
+            offset = self._trace.sites[j].coupling.offset
+            if i is None or i not in self._products.centred or offset <= ROUNDING:
+                continue
+            call = self._trace.sites[i].call
+            (delta,) = vjp([self._output], [self._trace.sites[i].edge], [self._u[None]])
+            if delta is None or "weight" not in call.parameters:
+                continue
+            rows = call.layer.left("weight", call.arguments, delta)  # [1, n, g, o, s]
+            left_over = largest(rows.sum((1, 4))) * largest(self._products.mean(i, "weight"))
+            truth = largest(self._products.summed_at(i, "weight", delta))
+            if left_over > torch.finfo(rows.dtype).eps * offset * truth:
+                return True
+        return False
+
+    def mixing(self) -> str | None:
+        """What mixes samples beside the known couplings, if anything does; keeps its probe for `disagreeing`."""
+        for site in self._trace.sites:
+            if site.mark.coupling and site.mark.rows % self._passes.samples:
+                return (
+                    f"the input of '{site.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
+                    f"of the {self._passes.samples} samples, so its rows cannot be told apart by sample."
+                )
+        watched = sorted({*self._structure.calls_in(-1), *self._structure.couplings})
+        edges = self._structure.edges(watched)
+        u = self._u
+
+        def pull(v: Tensor) -> list[Tensor | None]:
+            return [None if d is None else d[0] for d in vjp([self._output], edges, [v[None]])] if edges else []
+
+        with self._passes.closed():
+            self._passes.demand_linear(edges, u)
+            delta = pull(u)
+            self._probe = u, {j: None if d is None else d[None] for j, d in zip(watched, delta, strict=True)}
+            return find_mixing(pull, u, delta, self._trace)
+
+    def disagreeing(
+        self, names: list[str], directions: Corrections, error: Mapping[str, float], method: str
+    ) -> list[str]:
+        """Parameters whose coupled way is not what an ordinary pass is, with a warning: they go the dense way.
+
+        Args:
+            names: the parameters to look at.
+            directions: the coupling directions for these.
+            error: by name, what a truncation has dropped on purpose.
+            method: with ``"coupled"`` lost digits are the user's choice, and no reason to go another way.
+        """
+        u, delta = self._probe
+        directions.read(delta, 1)
+        coupled = {name: self._sum(name, delta, directions.correction(name), error.get(name, 0.0)) for name in names}
+
+        def pull(v: Tensor) -> dict[str, Tensor]:
+            got = vjp([self._output], [self._products.wanted[n] for n in names], [v[None]])
+            return {n: self._products.zeros(n) if g is None else g[0] for n, g in zip(names, got, strict=True)}
+
+        found = disagreeing(pull, u, coupled, lambda name: self._products.terms(name, delta))
+        lost = {name: d.size for name, d in found.items() if d.cancelled}
+        unseen = {name: d.size for name, d in found.items() if not d.cancelled}
+        if unseen:
+            warn_slow(
+                f"For {listed(unseen)} the coupled way differs from an ordinary backward pass "
+                f"({max(unseen.values()):.0e} relative): something acts on gradients unseen, such as a hook on a node "
+                "of the graph. Taking the dense way for them: exact, one backward pass per component."
+            )
+        if lost and method == "coupled":
+            warnings.warn(
+                f"The coupled way loses digits for {listed(lost)} to cancellation ({max(lost.values()):.0e} relative). "
+                "Use method='auto' or 'dense'.",
+                stacklevel=user_level(),
+            )
+        elif lost:
+            warn_slow(
+                f"The coupled way loses digits for {listed(lost)} to cancellation ({max(lost.values()):.0e} relative; "
+                "few values per channel of a BatchNorm?). Taking the dense way for them: one backward pass per "
+                "component."
+            )
+        return [*unseen, *(lost if method != "coupled" else ())]
+
+    def _sum(self, name: str, delta: Mapping[int, Tensor | None], correction: Correction, dropped: float) -> Sum:
+        """Σ_k w_k V[k] of a parameter by the coupled way, from the probe's cotangents."""
+        own = self._products.summed(name, dict(delta), 1, {})[0]
+        rest, slack = correction.summed(own), ROUNDING * dropped
+        if self._structure.vanishes(name):  # there an ordinary pass gives the rounding of its terms
+            slack += ROUNDING**2 * ulp(own.dtype) * self._products.terms(name, delta)
+        return Sum(own + rest, largest(own) + largest(rest), slack)
