@@ -26,6 +26,7 @@ class Batch:
         memo: lives as long as the call: what the first mini-batch decides for all.
         generator: random numbers of the call, for quantities without a generator of their own (``None``: torch's
             global ones).
+        reads: what the graph may read when it is run backward, by what a message calls it.
     """
 
     output: Tensor
@@ -35,6 +36,7 @@ class Batch:
     graph_survives: bool = True
     memo: dict[str, Any] = field(default_factory=dict)
     generator: torch.Generator | None = None
+    reads: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:

@@ -43,11 +43,19 @@ class Factor:
         """Number of columns c that each sample has."""
         return self.blocks.shape[3] * (1 if self.joint else self.blocks.shape[1])
 
+    def coefficients(self, u: Tensor) -> Tensor:
+        """Sᵀ u of the exact factor, ``[n, *output] → [n, c]``."""
+        n, t, e, _ = self.blocks.shape
+        return (self.blocks.mT @ u.reshape(n, e, t).mT[..., None]).flatten(1)
+
+    def combination(self, w: Tensor) -> Tensor:
+        """S w of the exact factor, ``[n, c] → [n, *output]``."""
+        n, t, _, j = self.blocks.shape
+        return (self.blocks @ w.reshape(n, t, j, 1))[..., 0].mT.reshape(self.layout)
+
     def hessian_product(self, u: Tensor) -> Tensor:
         """S Sᵀ u for ``u [n, *output]``."""
-        n, t, e, _ = self.blocks.shape
-        by_position = u.reshape(n, e, t).mT[..., None]
-        return (self.blocks @ (self.blocks.mT @ by_position))[..., 0].mT.reshape(u.shape)
+        return self.combination(self.coefficients(u))
 
     def mixture(self) -> Tensor:
         """All columns, each with a fixed weight: ``[n, *output]``."""

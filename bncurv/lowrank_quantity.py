@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +30,22 @@ class _Operators(NamedTuple):
 
 
 class _Factor(NamedTuple):
-    """Rows of V and per-component gradients by parameter name."""
+    """Rows of V by parameter name, the sample of each, and weights of the rows in g_n; or g_n itself by name."""
 
     rows: dict[str, Tensor]
-    gradients: Mapping[str, Tensor]
+    samples: Tensor
+    weights: Tensor | None
+    gradients: dict[str, Tensor]
+
+    def by_component(self) -> dict[str, Tensor]:
+        """Per-component gradients ``{name: [N, *p]}``."""
+        if self.weights is None:
+            return self.gradients
+        zeros = {name: r.new_zeros(int(self.samples[-1]) + 1, *r.shape[1:]) for name, r in self.rows.items()}
+        return {
+            name: zeros[name].index_add_(0, self.samples, self.weights.view(-1, *[1] * (r.dim() - 1)) * r)
+            for name, r in self.rows.items()
+        }
 
 
 class LowRankGGN(Quantity):
@@ -117,7 +129,7 @@ class LowRankGGN(Quantity):
     def start(self, batch: Batch) -> _Collected:
         """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``; or the operator of the mini-batch."""
         if self._works_free(batch):
-            return _Collected(BatchOperator(batch.output, batch.loss, dict(batch.parameters)))
+            return _Collected(BatchOperator(batch))
         V, gradients = (
             {
                 name: torch.empty((batch.samples, count, *p.shape), dtype=p.dtype, device=p.device)
@@ -135,12 +147,12 @@ class LowRankGGN(Quantity):
         """The operator; or rows of V and the per-component gradients."""
         if state.operator is not None:
             return _Operators([state.operator], [1.0])
-        gradients: Mapping[str, Tensor]
-        if state.weights is None:
-            gradients = {name: g[:, 0] for name, g in state.blocks["gradient"].items()}
-        else:
-            gradients = WeightedRows(state.weights, state.blocks["factor"])
-        return _Factor({name: v.flatten(0, 1) for name, v in state.blocks["factor"].items()}, gradients)
+        V = state.blocks["factor"]
+        n, c = next(iter(V.values())).shape[:2]
+        samples = torch.arange(n, device=next(iter(V.values())).device).repeat_interleave(c)
+        weights = None if state.weights is None else state.weights.flatten()
+        gradients = {} if weights is not None else {name: g[:, 0] for name, g in state.blocks["gradient"].items()}
+        return _Factor({name: v.flatten(0, 1) for name, v in V.items()}, samples, weights, gradients)
 
     def merge(self, parts: Sequence[Any], shares: Sequence[float]) -> _Operators | _Factor:
         """Σ_b share_b G_b: rows of V concatenated times √share, gradients times their share."""
@@ -149,20 +161,27 @@ class LowRankGGN(Quantity):
                 [op for part in parts for op in part.operators],
                 [share * s for part, share in zip(parts, shares, strict=True) for s in part.shares],
             )
-        rows = combine([part.rows for part in parts], [share**0.5 for share in shares], 0)
-        gradients = [{name: part.gradients[name] for name in rows} for part in parts]
-        return _Factor(rows, combine(gradients, shares, 0))
+        roots = [share**0.5 for share in shares]
+        rows = combine([part.rows for part in parts], roots, 0)
+        counts = [0, *(int(part.samples[-1]) + 1 if len(part.samples) else 0 for part in parts)]
+        samples = torch.cat([part.samples + sum(counts[: i + 1]) for i, part in enumerate(parts)])
+        # share g_n = Σ_k √share w[k] · √share V[k]
+        weights = [root * part.weights for root, part in zip(roots, parts, strict=True) if part.weights is not None]
+        if len(weights) == len(parts):
+            return _Factor(rows, samples, torch.cat(weights), {})
+        return _Factor(rows, samples, None, combine([part.by_component() for part in parts], shares, 0))
 
     def fields(self, part: Any) -> dict[str, Any]:
         """`LowRank`, one per group where there are groups, or `MatrixFreeGGN`."""
         if isinstance(part, _Operators):
             assert self.top is not None  # matrix-free only with top
             return {self.field: MatrixFreeGGN(part.operators, self.top, part.shares)}
-        return {self.field: self._assemble(part.rows, part.gradients)}
+        return {self.field: self._assemble(part)}
 
-    def _assemble(self, rows: dict[str, Tensor], gradients: Mapping[str, Tensor]) -> Any:
+    def _assemble(self, part: _Factor) -> Any:
+        rows, gradients = part.rows, part.gradients if part.weights is None else part.weights
         if self.groups is None:
-            return LowRank(rows, gradients, self.top)
+            return LowRank(rows, gradients, self.top, part.samples)
         groups: dict[str, list[str]] = {}
         if isinstance(self.groups, Mapping):
             groups = {group: list(names) for group, names in self.groups.items()}
@@ -173,7 +192,10 @@ class LowRankGGN(Quantity):
             unknown = [n for n in names if n not in rows]
             if unknown or not names:
                 raise ValueError(f"group '{group}' names {unknown or 'nothing'}; the parameters are {list(rows)}.")
-        return {group: LowRank({n: rows[n] for n in names}, gradients, self.top) for group, names in groups.items()}
+        return {
+            group: LowRank({n: rows[n] for n in names}, gradients, self.top, part.samples)
+            for group, names in groups.items()
+        }
 
     def deliver(self, fields: dict[str, Any], parameters: Parameters) -> None:
         """Keep the result on this object."""
@@ -182,19 +204,3 @@ class LowRankGGN(Quantity):
     def withdraw(self, parameters: Parameters) -> None:
         """Forget it."""
         self._result = None
-
-
-class WeightedRows(Mapping[str, Tensor]):
-    """Per-component gradients ``{name: [N, *p]}`` as weighted rows of V, computed when asked for."""
-
-    def __init__(self, weights: Tensor, rows: dict[str, Tensor]) -> None:
-        self._weights, self._rows = weights, rows
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.einsum("nc,nc...->n...", self._weights, self._rows[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)

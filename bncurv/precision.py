@@ -16,7 +16,11 @@ FORMULA = {torch.float32: 1e-3, torch.float64: 1e-8}
 KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
 ROUNDING = 10  # two ways whose difference is this many times the movement under rounding alone agree
 LANCZOS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # ‖G e - λ e‖ / λ; the eigenvalue's error is its square
-CG_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}  # ‖(G + δ) x - v‖ / ‖v‖
+CG_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative error of a solution, but for rounding
+CG_STEPS = 10  # per dimension
+INSIDE = 32.0  # ulp of a vector: a part outside of a range below this is the vector's own rounding
+ROW_ROUNDING = 8.0  # ulp of V: singular values below this part of the largest are rounding of its rows
+WORST = 1e-3  # estimated relative error of a solve above which it is refused
 
 
 def ulp(dtype: torch.dtype) -> float:
@@ -29,3 +33,8 @@ def within_range(t: torch.Tensor) -> bool:
     high, low = torch.finfo(t.dtype).max ** 0.2, torch.finfo(t.dtype).max ** -0.3
     top = t.abs().flatten(0, -2).amax(0) if t.numel() else t.new_ones(1)
     return bool(((top == 0) | ((top < high) & (top > low))).all())
+
+
+def full_precision(like: torch.Tensor) -> torch.autocast:
+    """A block whose products keep the dtype of their factors, whatever autocast is on around it."""
+    return torch.autocast(like.device.type, enabled=False)

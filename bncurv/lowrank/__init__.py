@@ -6,8 +6,9 @@
 
 from bncurv.lowrank.base import GGN, Damping, Vector, positive
 from bncurv.lowrank.lanczos import leading, one_blas_thread
+from bncurv.lowrank.matrix import gram
 from bncurv.lowrank.matrix_free import BatchOperator, MatrixFreeGGN
-from bncurv.lowrank.rows import DIRECT_SIZE, LowRank, gram
+from bncurv.lowrank.rows import DIRECT_SIZE, LowRank
 from bncurv.precision import LANCZOS_TOLERANCE
 
 __all__ = [

@@ -11,17 +11,19 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from bncurv.lowrank.lanczos import as_scipy, quadrature
-from bncurv.precision import ulp
+from bncurv.lowrank.matrix import orthonormal
+from bncurv.lowrank.vectors import Space, Vector
+from bncurv.precision import full_precision, ulp
 
-Vector = Tensor | Mapping[str, Tensor]
 Damping = float | Tensor | Callable[[Tensor], Tensor]
+Directions = int | Callable[[Tensor], Sequence[int]] | None
 
 
 class GGN(ABC):
     """G = Vᵀ V of one group of parameters; the scale is that of the loss (a mean's 1/N is inside).
 
-    Vectors in parameter space are dicts by name ``{name: [*p]}``, or flat ``[D]`` (``[D, m]`` for several) in the
-    order of ``names``; what comes back has the form of what went in.
+    Vectors in parameter space are dicts by name, ``{name: [*p]}`` or ``{name: [m, *p]}`` for m at once, or flat,
+    ``[D]`` or ``[D, m]``, in the order of ``names``; what comes back has the form of what went in.
 
     Attributes:
         names: the parameters, in the order of flat vectors.
@@ -34,9 +36,9 @@ class GGN(ABC):
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], components: int, like: Tensor, top: int | None) -> None:
-        self.names, self.shapes = list(shapes), dict(shapes)
+        self._space = Space(shapes, like)
+        self.names, self.shapes, self.dim = list(shapes), dict(shapes), self._space.dim
         self.components, self.dtype, self.device, self.top = components, like.dtype, like.device, top
-        self.dim = sum(shape.numel() for shape in shapes.values())
 
     def __repr__(self) -> str:
         kind = type(self).__name__
@@ -50,11 +52,23 @@ class GGN(ABC):
 
     @abstractmethod
     def _vectors(self, k: int) -> Tensor:
-        """Leading ``k`` eigenvectors as columns."""
+        """Leading ``k`` eigenvectors as columns, orthonormal as far as they come out."""
 
     @abstractmethod
     def _product(self, v: Tensor) -> Tensor:
         """G v for ``[D]`` or ``[D, m]``."""
+
+    @abstractmethod
+    def _inverse(self, v: Tensor, damping: float) -> Tensor:
+        """(G + δ I)⁻¹ v for ``[D, m]``."""
+
+    @abstractmethod
+    def _newton(self, damping: float) -> Tensor:
+        """(G + δ I)⁻¹ ∇L, ``[D]``."""
+
+    @abstractmethod
+    def _newton_along(self, keep: Tensor, damping: Callable[[Tensor], Tensor]) -> Tensor:
+        """Σ_d γ_d / (λ_d + δ_d) e_d over the eigenvectors ``keep``, ``[D]``; ``damping``: from their λ to their δ."""
 
     @property
     @abstractmethod
@@ -63,7 +77,7 @@ class GGN(ABC):
 
     @abstractmethod
     def slopes(self, k: int | None = None) -> Tensor:
-        """γ[n, d] = g_n · e_d, ``[N, k]``: first derivatives of the components along the eigenvectors.
+        """γ[n, d] = g_n · e_d, ``[N, k]``: first derivatives of the components along the ``k`` leading eigenvectors.
 
         They sum over n to the slope of the loss along e_d (ViViT's γ, whose samples average instead).
         """
@@ -72,37 +86,32 @@ class GGN(ABC):
     def curvatures(self, k: int | None = None) -> Tensor:
         """λ[n, d] = e_d · G_n e_d = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; they sum over n to the eigenvalues."""
 
-    @abstractmethod
-    def _inverse(self, v: Tensor, damping: float) -> Tensor:
-        """(G + δ I)⁻¹ v for ``[D]`` or ``[D, m]``."""
+    def _along_vectors(self, keep: Tensor, damping: Callable[[Tensor], Tensor]) -> Tensor:
+        """`_newton_along` from the eigenvectors."""
+        e, values = self.unit_vectors()[:, keep], self._values[keep]
+        with full_precision(e):
+            return e @ ((e.T @ self.gradient) / (values + damping(values)))
 
     # ---------------------------------------------------------------- vectors
     def flatten(self, v: Vector) -> Tensor:
-        """``{name: [*p]}`` (or already flat) → ``[D]`` or ``[D, m]``."""
-        if isinstance(v, Mapping):
-            missing = set(self.names) ^ set(v)
-            if missing:
-                raise ValueError(f"vector has names {sorted(v)}; expected exactly {self.names}.")
-            return torch.cat([v[name].reshape(-1) for name in self.names])
-        if v.shape[0] != self.dim:
-            raise ValueError(f"vector has shape {tuple(v.shape)}; expected [{self.dim}] or [{self.dim}, m], or a dict.")
-        return v
+        """Vectors by name as flat ones: ``{name: [*p]}`` → ``[D]``, ``{name: [m, *p]}`` → ``[D, m]``.
+
+        Flat vectors come back as they are.
+
+        Raises:
+            TypeError, ValueError: for names, shapes, a dtype or a device that do not fit; the message says which.
+        """
+        return self._space.flatten(v)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
-        """``[*lead, D]`` → ``{name: [*lead, *p]}``."""
-        parts = v.split([shape.numel() for shape in self.shapes.values()], -1)
-        return {n: part.reshape(*v.shape[:-1], *self.shapes[n]) for n, part in zip(self.names, parts, strict=True)}
-
-    def _apply(self, f: Callable[[Tensor], Tensor], v: Vector) -> Any:
-        flat = f(self.flatten(v))
-        return self.unflatten(flat) if isinstance(v, Mapping) else flat
+        """Flat vectors, the entries *last*, by name: ``[*lead, D]`` → ``{name: [*lead, *p]}``."""
+        return self._space.unflatten(v)
 
     # ---------------------------------------------------------------- spectrum
     @property
     def cutoff(self) -> float:
         """Eigenvalues below are rounding: √max(K, D) · ulp · largest eigenvalue (errors add up randomly)."""
-        size = max(self.components, self.dim)
-        return size**0.5 * ulp(self.dtype) * float(self._values[0].clamp(min=0))
+        return max(self.components, self.dim) ** 0.5 * ulp(self.dtype) * float(self._values[:1].clamp(min=0).sum())
 
     @property
     def rank(self) -> int:
@@ -115,19 +124,23 @@ class GGN(ABC):
         return self._values[: self.rank]
 
     def unit_vectors(self, k: int | None = None) -> Tensor:
-        """Leading eigenvectors as columns ``[D, k]``, flat; see `eigenvectors`."""
+        """The ``k`` leading eigenvectors as columns, flat, ``[D, k]``; see `eigenvectors`."""
+        # a small eigenvalue's vector has picked up parts of the larger ones': orthonormal from the largest down
+        return orthonormal(self._vectors(self._number(k)))
+
+    def _number(self, k: int | None) -> int:
+        """``k``, or all; ValueError if there are not so many."""
         rank = self.rank
-        k = rank if k is None else k
-        if not 0 < k <= rank:
+        if k is not None and not 0 < k <= rank:
             raise ValueError(
                 f"{k} eigenvectors asked for, but the GGN has {rank} eigenvalues above the cut-off {self.cutoff:.2e} "
                 f"(sqrt(max(K, D)) x ulp x largest){'' if self.top is None else f' and top={self.top}'}; directions "
                 f"below are rounding noise. Ask for at most {rank}."
             )
-        return self._vectors(k)
+        return rank if k is None else k
 
     def eigenvectors(self, k: int | None = None) -> dict[str, Tensor]:
-        """Orthonormal eigenvectors of the ``k`` largest eigenvalues (default: all), ``{name: [k, *p]}``.
+        """Eigenvectors of the ``k`` largest eigenvalues (default: all), orthonormal to rounding, ``{name: [k, *p]}``.
 
         Raises:
             ValueError: for more than `rank`: those would be noise.
@@ -135,7 +148,7 @@ class GGN(ABC):
         return self.unflatten(self.unit_vectors(k).T)
 
     def residuals(self, k: int | None = None) -> Tensor:
-        """‖G e - λ e‖ of the leading eigenpairs, ``[k]``."""
+        """‖G e - λ e‖ of the ``k`` leading eigenpairs, ``[k]``."""
         e = self.unit_vectors(k)
         return torch.linalg.vector_norm(self._product(e) - e * self._values[: e.shape[1]], dim=0)
 
@@ -153,53 +166,99 @@ class GGN(ABC):
             Nodes and weights, at most ``[probes * steps]``: the density is Σ_i weight_i δ(λ - node_i), the weights sum
             to one, and D Σ_i weight_i f(node_i) estimates tr f(G) without bias in the limit of many steps.
         """
-        starts = [
-            torch.randn(self.dim, generator=generator, device="cpu").to(self.device, self.dtype) for _ in range(probes)
-        ]
-        nodes, weights = zip(*(quadrature(self._product, v, steps) for v in starts), strict=True)
-        return torch.cat(nodes), torch.cat(weights) / probes
+        starts = [torch.randn(self.dim, generator=generator, device="cpu") for _ in range(probes)]
+        found = [quadrature(self._product, v.to(self.device, self.dtype), steps) for v in starts]
+        return torch.cat([nodes for nodes, _ in found]), torch.cat([weights for _, weights in found]) / probes
 
     # ---------------------------------------------------------------- products and solves
     def __matmul__(self, v: Vector) -> Any:
-        """G v, for a vector or ``[D, m]``."""
-        return self._apply(self._product, v)
+        """G v, for one vector or several.
+
+        Raises:
+            TypeError, ValueError: see `flatten`.
+        """
+        return self._space.apply(self._product, v)
 
     def to_scipy(self) -> LinearOperator:
         """The same as a ``scipy.sparse.linalg.LinearOperator`` on flat vectors."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return as_scipy(self._product, self.dim, like)
+        return as_scipy(self._product, self.dim, self._space.like)
 
     def solve(self, v: Vector, damping: float) -> Any:
-        """(G + δ I)⁻¹ v."""
-        positive(damping)
-        return self._apply(lambda x: self._inverse(x, damping), v)
+        """(G + δ I)⁻¹ v, for one vector or several.
 
-    def newton_step(
-        self, damping: Damping, directions: int | Callable[[Tensor], Sequence[int]] | None = None
-    ) -> dict[str, Tensor]:
+        The part of v outside the range of G counts 1/δ, however small it is. With the rows of V at hand, a v that lies
+        in the range up to its own rounding is taken to lie there.
+
+        Args:
+            v: right sides, in any form.
+            damping: δ > 0.
+
+        Raises:
+            TypeError, ValueError: see `flatten`; also for a damping that is not positive.
+            RuntimeError: where the damping is so small that the result would not have three digits.
+
+        Example:
+            >>> import torch, bncurv
+            >>> model, loss_fn = torch.nn.Linear(3, 2), torch.nn.MSELoss()
+            >>> batch = torch.randn(8, 3), torch.randn(8, 2)
+            >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.LowRankGGN(), bncurv.ComponentGrad())
+            >>> res.ggn.solve(res.grad_component, damping=0.1)["weight"].shape  # all N gradients at once
+            torch.Size([8, 2, 3])
+        """
+        delta = positive(damping)
+
+        def inverse(x: Tensor) -> Tensor:
+            return self._inverse(x, delta) if x.dim() == 2 else self._inverse(x[:, None], delta)[:, 0]
+
+        return self._space.apply(inverse, v)
+
+    def newton_step(self, damping: Damping, directions: Directions = None) -> dict[str, Tensor]:
         """Damped Newton step, ``{name: [*p]}``, to be added to the parameters.
+
+        The gradient is a combination of V's rows (except where a saturated loss has no curvature left), and is used as
+        such: the step keeps its digits at small damping, where ``-solve(gradient)`` has those of the gradient's
+        rounding times λ₁/δ.
 
         Args:
             damping: δ > 0 as a constant, a tensor with one value per direction, or a callable from the eigenvalues of
                 the directions to such a tensor.
-            directions: ``None``: the whole space, -(G + δ I)⁻¹ ∇L (constant damping only). An integer: the leading
-                eigenvectors, -Σ_d γ_d / (λ_d + δ_d) e_d. A callable: ViViT's criterion, from all eigenvalues
-                (ascending, as ViViT passes them) to the indices to keep.
+            directions: An integer: the leading eigenvectors, -Σ_d γ_d / (λ_d + δ_d) e_d. A callable: ViViT's criterion,
+                from all eigenvalues (ascending, as ViViT passes them) to the indices to keep. ``None``: with constant
+                damping the whole space, -(G + δ I)⁻¹ ∇L; else all eigenvectors above `cutoff`.
+
+        Raises:
+            ValueError: for a damping that is not positive or not one per direction; for more directions than `rank`.
+            RuntimeError: see `solve`.
         """
-        if directions is None and isinstance(damping, float | int):
-            return self.unflatten(-self.solve(self.gradient, float(damping)))
-        e, values = self.unit_vectors(None), self.eigenvalues
-        if callable(directions):
-            ascending = list(directions(values.flip(0)))
-            keep = torch.tensor([len(values) - 1 - i for i in ascending], dtype=torch.long, device=self.device)
-        else:
-            keep = torch.arange(self.rank if directions is None else directions, device=self.device)
-        e, values = e[:, keep], values[keep]
+        if directions is None and not callable(damping) and torch.as_tensor(damping).dim() == 0:
+            return self.unflatten(-self._newton(positive(damping)))
+        keep = self._kept(directions)
+        return self.unflatten(-self._newton_along(keep, lambda values: self._per_direction(damping, values)))
+
+    def _kept(self, directions: Directions) -> Tensor:
+        """Indices of the directions asked for, 0 for the largest eigenvalue."""
+        if not callable(directions):
+            return torch.arange(self._number(directions), device=self.device)
+        rank = self.rank
+        ascending = [int(i) for i in directions(self.eigenvalues.flip(0))]
+        if not all(0 <= i < rank for i in ascending):
+            raise ValueError(f"directions gave the indices {ascending}; expected some of 0 … {rank - 1}, ascending.")
+        return torch.tensor([rank - 1 - i for i in ascending], dtype=torch.long, device=self.device)
+
+    def _per_direction(self, damping: Damping, values: Tensor) -> Tensor:
+        """δ_d of directions with these eigenvalues."""
         delta = torch.as_tensor(damping(values) if callable(damping) else damping, dtype=self.dtype, device=self.device)
-        return self.unflatten(-(e @ ((e.T @ self.gradient) / (values + delta))))
+        if delta.shape not in (torch.Size(), values.shape):
+            raise ValueError(
+                f"damping has shape {tuple(delta.shape)}; expected one value for each of {len(values)} directions."
+            )
+        if not bool((delta > 0).all()):
+            raise ValueError(f"damping={delta.tolist()}; expected positive numbers.")
+        return delta
 
 
-def positive(damping: float) -> None:
-    """Raise ValueError unless the damping is positive."""
+def positive(damping: Any) -> float:
+    """The damping as a number; ValueError unless it is positive."""
     if not damping > 0:
         raise ValueError(f"damping={damping}; expected a positive number, since G itself is singular.")
+    return float(damping)

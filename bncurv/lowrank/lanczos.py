@@ -8,11 +8,11 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, cg, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from bncurv.precision import CG_TOLERANCE, LANCZOS_TOLERANCE, ulp
+from bncurv.precision import CG_STEPS, CG_TOLERANCE, LANCZOS_TOLERANCE, WORST, full_precision, ulp
 
 Product = Callable[[Tensor], Tensor]  # [size] → [size], or [size, m] → [size, m]
 
@@ -56,12 +56,22 @@ def leading(operator: LinearOperator, count: int, dtype: torch.dtype) -> tuple[n
 
 def eigenpairs(product: Product, size: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """The ``count`` largest eigenvalues, descending, and their eigenvectors as columns; arguments as `as_scipy`."""
-    values, vectors = leading(as_scipy(product, size, like), count, like.dtype)
+    try:
+        values, vectors = leading(as_scipy(product, size, like), count, like.dtype)
+    except ArpackError:
+        if bool(product(like.new_ones(size)).any()):
+            raise
+        return like.new_zeros(count), torch.eye(size, count, dtype=like.dtype, device=like.device)  # the zero matrix
     return torch.from_numpy(values[::-1].copy()).to(like), torch.from_numpy(vectors[:, ::-1].copy()).to(like)
 
 
 def quadrature(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights, at most ``steps``: start · f(A) start = ‖start‖² Σ_i weight_i f(node_i) for smooth f."""
+    with full_precision(start):
+        return _quadrature(product, start, steps)
+
+
+def _quadrature(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     basis, alphas, betas = [start / start.norm()], [], []
     for _ in range(min(steps, len(start))):
         w = product(basis[-1])
@@ -80,19 +90,72 @@ def quadrature(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Ten
     return values, vectors[0] ** 2
 
 
-def conjugate_gradients(product: Product, v: Tensor, damping: float) -> Tensor:
-    """(A + δ I)⁻¹ v for ``v [size]`` or ``[size, m]``, to a relative residual of `CG_TOLERANCE`.
+def damped_inverse(up: Product, down: Product, v: Tensor, damping: float, largest: float) -> Tensor:
+    """(Vᵀ V + δ I)⁻¹ v by conjugate gradients, ``[D] → [D]``.
+
+    Args:
+        up: V v, ``[D] → [K]``.
+        down: Vᵀ u, ``[K] → [D]``.
+        v: the right side.
+        damping: δ > 0.
+        largest: the largest eigenvalue λ₁, for the error's estimate.
 
     Raises:
-        RuntimeError: if the iterations do not converge.
+        RuntimeError: if the iterations do not converge, or if rounding may leave fewer than three digits.
     """
-    size = len(v)
-    shifted = as_scipy(lambda x: product(x) + damping * x, size, v)
-    columns = []
-    for c in v.reshape(size, -1).T:
-        with one_blas_thread():
-            solution, failed = cg(shifted, c.cpu().numpy(), rtol=CG_TOLERANCE[v.dtype], maxiter=10 * size)
-        if failed:
-            raise RuntimeError(f"conjugate gradients did not converge at damping={damping}; raise the damping.")
-        columns.append(torch.from_numpy(solution).to(v))
-    return torch.stack(columns, 1).reshape(v.shape)
+    # ‖(Vᵀ V + δ I)⁻¹ r‖ ≤ ‖r‖ / δ
+    x, Vx = _conjugate_gradients(up, down, v, damping, lambda x, _: damping * x)
+    # V + E with ‖E‖ ≈ ulp √λ₁ moves x by (Vᵀ V + δ I)⁻¹ (Vᵀ E x + Eᵀ V x); a rounded v in the range of Vᵀ by no more
+    _refuse(v.dtype, largest**0.5 * (damping**-0.5 / 2 + _ratio(Vx, x) / damping), damping, largest)
+    return x.to(v.dtype)
+
+
+def damped_range_inverse(up: Product, down: Product, w: Tensor, damping: float, largest: float) -> Tensor:
+    """(Vᵀ V + δ I)⁻¹ Vᵀ w = Vᵀ (V Vᵀ + δ I)⁻¹ w, ``[K] → [D]``; otherwise as `damped_inverse`."""
+    # ‖Vᵀ (V Vᵀ + δ I)⁻¹ r‖ ≤ ‖r‖ / 2√δ
+    y, x = _conjugate_gradients(down, up, w, damping, lambda _, x: 2 * damping**0.5 * x)
+    _refuse(w.dtype, largest**0.5 * _ratio(y, x), damping, largest)  # x = Vᵀ y
+    return x.to(w.dtype)
+
+
+def _conjugate_gradients(
+    first: Product, second: Product, b: Tensor, damping: float, enough: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(A + δ I)⁻¹ b and ``first`` of it, A = second · first positive semi-definite, in float64 but for the products.
+
+    Args:
+        first: part of the product.
+        second: its transpose.
+        b: right side.
+        damping: δ.
+        enough: from the solution and its image to a vector as long as the error per `CG_TOLERANCE` that is allowed.
+    """
+    r = b.double()
+    x, image, p, rho = torch.zeros_like(r), torch.zeros_like(first(b)).double(), r, r @ r
+    for _ in range(CG_STEPS * len(b)):
+        if bool(rho.sqrt() <= CG_TOLERANCE[b.dtype] * enough(x, image).norm()):
+            return x, image
+        scale = p.norm()  # keeps the direction within the dtype's range
+        half = first((p / scale).to(b.dtype))
+        step = rho / (scale**2 * (half.double().square().sum() + damping))  # p · (A + δ I) p > 0, whatever the rounding
+        x, image = x + step * p, image + step * scale * half
+        r = r - step * (scale * second(half) + damping * p)
+        p, rho = r + (r @ r / rho) * p, r @ r
+    raise RuntimeError(f"conjugate gradients did not converge at damping={damping}; raise the damping.")
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    """‖a‖ / ‖b‖; 0 for zeros, which are exact."""
+    return float(a.norm() / b.norm()) if bool(a.any()) and bool(b.any()) else 0.0
+
+
+def _refuse(dtype: torch.dtype, condition: float, damping: float, largest: float) -> None:
+    """Raise RuntimeError where an ulp times this condition number is too large an error."""
+    error = ulp(dtype) * condition
+    if not error <= WORST:
+        raise RuntimeError(
+            f"at damping={damping:g} (largest eigenvalue {largest:.1e}) the rounding of {dtype} products may be a "
+            f"relative error of {error:.0e}. Raise the damping, compute in float64, or use "
+            "LowRankGGN(matrix_free=False). For the gradient, newton_step(damping) has a smaller error than "
+            "solve(gradient, damping)."
+        )

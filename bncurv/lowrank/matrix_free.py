@@ -1,48 +1,58 @@
 """Matrix-free GGN: products through the recorded graph, for networks whose V does not fit into memory.
 
 G v = Jᵀ H (J v), two backward passes' worth of work per vector whatever N is, in the order v → J v → H J v → Jᵀ H J v.
-J v is the backward pass of a backward pass: w(u) = Jᵀ u is linear in u, so d(w · v)/du = J v (Townsend 2017). The graph
-stays alive as long as the operator does.
+J v is the backward pass of a backward pass: w(u) = Jᵀ u is linear in u, so d(w · v)/du = J v (Townsend 2017). With the
+symmetric factor, H = S Sᵀ, the products of the rows are there too: V v = Sᵀ J v and Vᵀ w = Jᵀ S w. The graph stays
+alive as long as the operator does.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn, final
 
 import torch
 from torch import Tensor
 
-from bncurv.loss_at_batch import LossAtBatch
+from bncurv.blocks import Batch
 from bncurv.lowrank.base import GGN
-from bncurv.lowrank.lanczos import conjugate_gradients, eigenpairs
+from bncurv.lowrank.lanczos import damped_inverse, damped_range_inverse, eigenpairs
+from bncurv.lowrank.recorded import Recorded
 
 
 class BatchOperator:
     """G of one mini-batch on flat vectors.
 
-    Args:
-        output: the model's output on its graph.
-        at_batch: the loss' gradient and Hessian factor there.
-        parameters: parameters by name.
+    Attributes:
+        parameters: by name.
+        factor: S.
+        gradient: ∂L/∂F.
+        weights: of V's rows in the per-component gradients, ``[n, c]``, where they are such combinations.
+        recorded: what the graph reads.
     """
 
-    def __init__(self, output: Tensor, at_batch: LossAtBatch, parameters: Mapping[str, Tensor]) -> None:
-        self.parameters, self.at_batch = dict(parameters), at_batch
-        self._output, self._list = output, list(parameters.values())
+    def __init__(self, batch: Batch) -> None:
+        self.parameters, self.factor = dict(batch.parameters), batch.loss.factor
+        self.gradient, self.weights = batch.loss.gradient, batch.loss.weights
+        self._output, self._list = batch.output, list(self.parameters.values())
         with torch.enable_grad():
-            self._u = torch.zeros_like(output, requires_grad=True)
-            w = torch.autograd.grad(output, self._list, self._u, create_graph=True, materialize_grads=True)
+            self._u = torch.zeros_like(self._output, requires_grad=True)
+            w = torch.autograd.grad(self._output, self._list, self._u, create_graph=True, materialize_grads=True)
         self._w = [(t, i) for i, t in enumerate(w) if t.requires_grad]
+        copies = batch.memo.setdefault("copies", {})
+        self.recorded = Recorded([self._output, *(t for t, _ in self._w)], self._list, batch.reads, copies)
 
     @property
     def components(self) -> int:
         """Number of rows of V."""
-        return len(self._output) * self.at_batch.factor.columns_per_sample
+        return len(self._output) * self.factor.columns_per_sample
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, ``[n, *output]``."""
+        if not self._w:
+            return torch.zeros_like(self._u)
         parts = v.split([p.numel() for p in self._list])
         cotangents = [parts[i].view_as(self._list[i]) for _, i in self._w]
         return torch.autograd.grad([t for t, _ in self._w], self._u, cotangents, retain_graph=True)[0]
@@ -57,8 +67,16 @@ class BatchOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """G v, flat."""
         Jv = self.jvp(v)
-        HJv = self.at_batch.factor.hessian_product(Jv)
+        HJv = self.factor.hessian_product(Jv)
         return self.vjp(HJv)
+
+    def up(self, v: Tensor) -> Tensor:
+        """V v, ``[K]``."""
+        return self.factor.coefficients(self.jvp(v)).flatten()
+
+    def down(self, w: Tensor) -> Tensor:
+        """Vᵀ w, flat."""
+        return self.vjp(self.factor.combination(w.view(len(self._output), -1)))
 
 
 class NeedsRows(NotImplementedError, AttributeError):
@@ -69,9 +87,13 @@ class NeedsRows(NotImplementedError, AttributeError):
 class MatrixFreeGGN(GGN):
     """The leading eigenpairs of G, and G itself through the network: ``LowRankGGN(matrix_free=True)``.
 
-    Products (``@``, ``to_scipy``), ``solve`` (conjugate gradients), `density` (stochastic Lanczos), slopes and
-    curvatures use the whole G; eigenvalues, eigenvectors and Newton steps along directions its ``top`` leading part.
-    What needs the whole spectrum (``trace``, ``frobenius_norm``, ``logdet``, ``sample``) is refused with `NeedsRows`.
+    Products (``@``, ``to_scipy``), solves and Newton steps (conjugate gradients), `density` (stochastic Lanczos),
+    slopes and curvatures use the whole G; eigenvalues, eigenvectors and Newton steps along directions its ``top``
+    leading part. What needs the whole spectrum (``trace``, ``frobenius_norm``, ``logdet``, ``sample``) is refused with
+    `NeedsRows`.
+
+    It belongs to the network as it was: once a parameter, or anything else that the graph reads, has another value, a
+    product raises RuntimeError.
 
     Args:
         operators: one per mini-batch; G = Σ share · operator.
@@ -79,15 +101,55 @@ class MatrixFreeGGN(GGN):
         shares: weights of the mini-batches.
     """
 
-    def __init__(self, operators: list[BatchOperator], top: int, shares: Sequence[float] = (1.0,)) -> None:
+    def __init__(self, operators: Sequence[BatchOperator], top: int, shares: Sequence[float] = (1.0,)) -> None:
         parameters = operators[0].parameters
         shapes, like = {name: p.shape for name, p in parameters.items()}, next(iter(parameters.values())).detach()
         super().__init__(shapes, sum(op.components for op in operators), like, top)
         self._operators, self._shares = operators, shares
         if top >= self.dim:
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
-        self._pairs = eigenpairs(self._product, self.dim, top, like)
+        self._gradient = self._sum(lambda op: op.vjp(op.gradient))
+        self._pairs = eigenpairs(self._through, self.dim, top, like)
 
+    # ---------------------------------------------------------------- the network
+    @property
+    def _weighted(self) -> Iterator[tuple[BatchOperator, float]]:
+        return zip(self._operators, self._shares, strict=True)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Every use of the graphs after the first is in this block."""
+        with ExitStack() as stack:
+            for op in self._operators:
+                stack.enter_context(op.recorded.unchanged())
+            yield
+
+    def _sum(self, f: Callable[[BatchOperator], Tensor]) -> Tensor:
+        """Σ share · f(operator)."""
+        return functools.reduce(torch.add, [f(op) if share == 1 else share * f(op) for op, share in self._weighted])
+
+    def _through(self, v: Tensor) -> Tensor:
+        """G v for ``[D]`` or ``[D, m]``."""
+        if v.dim() > 1:
+            return torch.stack([self._through(c) for c in v.T], 1) if v.shape[1] else torch.zeros_like(v)
+        return self._sum(lambda op: op @ v)
+
+    def _up(self, v: Tensor) -> Tensor:
+        """V v, ``[D] → [K]``."""
+        return torch.cat([share**0.5 * op.up(v) for op, share in self._weighted])
+
+    def _down(self, w: Tensor) -> Tensor:
+        """Vᵀ w, ``[K] → [D]``."""
+        parts = w.split([op.components for op in self._operators])
+        return torch.stack([share**0.5 * op.down(p) for (op, share), p in zip(self._weighted, parts, strict=True)]).sum(
+            0
+        )
+
+    def _product(self, v: Tensor) -> Tensor:
+        with self._unchanged():
+            return self._through(v)
+
+    # ---------------------------------------------------------------- spectrum
     @property
     def _values(self) -> Tensor:
         return self._pairs[0]
@@ -95,36 +157,48 @@ class MatrixFreeGGN(GGN):
     def _vectors(self, k: int) -> Tensor:
         return self._pairs[1][:, :k]
 
-    @property
-    def _weighted(self) -> Iterator[tuple[BatchOperator, float]]:
-        return zip(self._operators, self._shares, strict=True)
-
-    def _product(self, v: Tensor) -> Tensor:
-        if v.dim() > 1:
-            return torch.stack([self._product(c) for c in v.T], 1)
-        parts = [op @ v if share == 1 else share * (op @ v) for op, share in self._weighted]
-        return functools.reduce(torch.add, parts)
-
-    def _inverse(self, v: Tensor, damping: float) -> Tensor:
-        return conjugate_gradients(self._product, v, damping)
-
+    # ---------------------------------------------------------------- directional derivatives
     @property
     def gradient(self) -> Tensor:
         """Gradient of the loss, flat ``[D]``."""
-        return functools.reduce(torch.add, (share * op.vjp(op.at_batch.gradient) for op, share in self._weighted))
+        return self._gradient.clone()
 
     def slopes(self, k: int | None = None) -> Tensor:
         """γ[n, d] = g_n · e_d = ∂L/∂F_n · (J e_d)_n, ``[N, k]``."""
-        return self._along(k, lambda op, Je: (op.at_batch.gradient * Je).flatten(1).sum(1))
+        return self._along(k, lambda op, Je: (op.gradient * Je).flatten(1).sum(1))
 
     def curvatures(self, k: int | None = None) -> Tensor:
         """λ[n, d] = (J e_d)_n · H_n (J e_d)_n, ``[N, k]``."""
-        return self._along(k, lambda op, Je: (Je * op.at_batch.factor.hessian_product(Je)).flatten(1).sum(1))
+        return self._along(k, lambda op, Je: op.factor.coefficients(Je).square().sum(1))
 
     def _along(self, k: int | None, f: Callable[[BatchOperator, Tensor], Tensor]) -> Tensor:
         directions = self.unit_vectors(k).T
-        rows = [share * torch.stack([f(op, op.jvp(e)) for e in directions], 1) for op, share in self._weighted]
-        return torch.cat(rows)
+        found = []
+        with self._unchanged():
+            for op, share in self._weighted:
+                columns = [share * f(op, op.jvp(e)) for e in directions]
+                none = op.gradient.new_zeros(len(op.gradient), 0)
+                found.append(torch.stack(columns, 1) if columns else none)
+        return torch.cat(found)
+
+    # ---------------------------------------------------------------- solves
+    def _inverse(self, v: Tensor, damping: float) -> Tensor:
+        with self._unchanged():
+            return torch.stack([damped_inverse(self._up, self._down, c, damping, self._largest) for c in v.T], 1)
+
+    def _newton(self, damping: float) -> Tensor:
+        known = [share**0.5 * op.weights.flatten() for op, share in self._weighted if op.weights is not None]
+        if len(known) < len(self._operators):
+            return self._inverse(self.gradient[:, None], damping)[:, 0]
+        with self._unchanged():
+            return damped_range_inverse(self._up, self._down, torch.cat(known), damping, self._largest)
+
+    @property
+    def _largest(self) -> float:
+        return float(self._values[0])
+
+    def _newton_along(self, keep: Tensor, damping: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._along_vectors(keep, damping)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name in ("trace", "frobenius_norm", "logdet", "sample"):

@@ -6,17 +6,18 @@ the smaller of the two is decomposed. With cross-entropy its rank is at most N (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bncurv.budget import chunks
 from bncurv.lowrank.base import GGN, positive
+from bncurv.lowrank.damped import Damped, Tall, Wide
 from bncurv.lowrank.lanczos import eigenpairs
+from bncurv.lowrank.matrix import RowMatrix
+from bncurv.precision import full_precision
 
 DIRECT_SIZE = 1000  # smaller Gram matrices are decomposed directly, whatever ``top`` is
 
@@ -27,61 +28,69 @@ class LowRank(GGN):
 
     Args:
         rows: V by parameter name, ``[K, *p]`` each; k = (n, c), n slowest.
-        gradients: per-component gradients g_n by name, ``[N, *p]``.
+        gradients: per-component gradients g_n by name, ``[N, *p]``; or weights w ``[K]`` with
+            g_n = Σ_{k of n} w[k] V[k].
         top: compute only so many eigenpairs (Lanczos on the rows); ``None``: all.
+        samples: the sample n of each row, ``[K]``; ``None``: K / N of each, in order (needs gradients by name).
     """
 
-    def __init__(self, rows: dict[str, Tensor], gradients: Mapping[str, Tensor], top: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | Tensor,
+        top: int | None = None,
+        samples: Tensor | None = None,
+    ) -> None:
         first = next(iter(rows.values()))
         super().__init__({name: r.shape[1:] for name, r in rows.items()}, len(first), first, top)
-        self._rows, self._gradients = rows, gradients
-
-    def _up(self, v: Tensor) -> Tensor:
-        """V v: ``[D, ...] → [K, ...]``."""
-        parts = v.split([shape.numel() for shape in self.shapes.values()])
-        return sum(_flat(r) @ part for r, part in zip(self._rows.values(), parts, strict=True))
-
-    def _down(self, u: Tensor) -> Tensor:
-        """Vᵀ u: ``[K, ...] → [D, ...]``."""
-        return torch.cat([_flat(r).T @ u for r in self._rows.values()])
+        self._V = RowMatrix(rows)
+        self._weights = gradients if isinstance(gradients, Tensor) else None
+        self._gradients = {} if isinstance(gradients, Tensor) else {name: gradients[name] for name in self.names}
+        if samples is None:
+            if not self._gradients:
+                raise ValueError("gradients are weights of V's rows; pass samples too, the sample of each row [K].")
+            count = len(self._gradients[self.names[0]])
+            samples = torch.arange(count, device=self.device).repeat_interleave(len(first) // max(1, count))
+        self._samples = samples
 
     def _product(self, v: Tensor) -> Tensor:
-        return self._down(self._up(v))
+        return self._V.down(self._V.up(v))
 
     # ---------------------------------------------------------------- spectrum
     @cached_property
     def _small(self) -> Tensor:
-        """The smaller of V Vᵀ and Vᵀ V."""
-        if self.components <= self.dim:
-            return gram([_flat(r) for r in self._rows.values()])
-        return gram([torch.cat([_flat(r) for r in self._rows.values()], 1).T])
+        return self._V.gram(self.dtype)
 
     @cached_property
     def _values(self) -> Tensor:
         return self._decomposition[0] if self.top else torch.linalg.eigvalsh(self._small).flip(0)
 
+    @property
+    def _iterative(self) -> bool:
+        """Whether Lanczos on the rows is cheaper than decomposing `_small`."""
+        size = min(self.components, self.dim)
+        return self.top is not None and self.top < size // 3 and size > DIRECT_SIZE
+
     @cached_property
     def _decomposition(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, descending, and eigenvectors (columns) of `_small`."""
-        size = min(self.components, self.dim)
-        if self.top and self.top < size // 3 and size > DIRECT_SIZE:
-            wide = self.components <= self.dim
-            there, back = (self._down, self._up) if wide else (self._up, self._down)
-            return eigenpairs(lambda u: back(there(u)), size, self.top, next(iter(self._rows.values())))
-        values, vectors = torch.linalg.eigh(self._small)
-        return values.flip(0)[: self.top], vectors.flip(1)[:, : self.top]
+        if self.top and self._iterative:
+            there, back = (self._V.down, self._V.up) if self._V.wide else (self._V.up, self._V.down)
+            return eigenpairs(lambda u: back(there(u)), min(self.components, self.dim), self.top, self._space.like)
+        values, vectors = self._fine if self.dtype == torch.float64 else _descending(self._small)
+        return values[: self.top], vectors[:, : self.top]
 
     def _vectors(self, k: int) -> Tensor:
         values, vectors = self._decomposition
-        if self.components > self.dim:
+        if not self._V.wide:
             return vectors[:, :k]
         # G (Vᵀ u) = λ (Vᵀ u),  ‖Vᵀ u‖² = λ
-        return self._down(vectors[:, :k]) / values[:k].sqrt()
+        return self._V.down(vectors[:, :k]) / values[:k].sqrt()
 
     @property
     def trace(self) -> Tensor:
         """Sum of all eigenvalues, from the rows themselves."""
-        return sum(torch.linalg.vector_norm(r).square() for r in self._rows.values())
+        return self._V.trace()
 
     @property
     def frobenius_norm(self) -> Tensor:
@@ -89,22 +98,26 @@ class LowRank(GGN):
         return torch.linalg.matrix_norm(self._small)
 
     # ---------------------------------------------------------------- matrix functions
-    def logdet(self, damping: float) -> Tensor:
-        """Log det (G + δ I) over all D dimensions."""
-        positive(damping)
-        cholesky = torch.linalg.cholesky(self._shifted(damping))
-        return 2 * cholesky.diagonal().log().sum() + (self.dim - len(cholesky)) * float(np.log(damping))
+    @cached_property
+    def _fine(self) -> tuple[Tensor, Tensor]:
+        """All eigenpairs of the smaller matrix, in float64."""
+        return _descending(self._small if self.dtype == torch.float64 else self._V.gram(torch.float64))
+
+    @cached_property
+    def _damped(self) -> Damped:
+        kind = Wide if self._V.wide else Tall
+        return kind(*self._fine, self._V)
 
     def _inverse(self, v: Tensor, damping: float) -> Tensor:
-        shifted = self._shifted(damping)
-        if self.components > self.dim:
-            return torch.linalg.solve(shifted, v)
-        # (G + δ I)⁻¹ v = (v - Vᵀ (δ I + V Vᵀ)⁻¹ V v) / δ (push-through identity)
-        return (v - self._down(torch.linalg.solve(shifted, self._up(v)))) / damping
+        return self._damped.solve(v.double(), damping).to(self.dtype)
 
-    def _shifted(self, damping: float) -> Tensor:
-        """`_small` + δ I."""
-        return self._small + damping * torch.eye(len(self._small), dtype=self.dtype, device=self.device)
+    def logdet(self, damping: float) -> Tensor:
+        """Log det (G + δ I) over all D dimensions.
+
+        Args:
+            damping: δ > 0.
+        """
+        return self._damped.logdet(positive(damping), self.dim).to(self.dtype)
 
     def sample(self, damping: float, count: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draws from N(0, (G + δ I)⁻¹), ``{name: [count, *p]}``.
@@ -112,42 +125,54 @@ class LowRank(GGN):
         Args:
             damping: δ > 0, a prior's precision.
             count: number of draws.
-            generator: source of randomness on the result's device.
+            generator: source of randomness on the result's device; ``None``: PyTorch's own.
         """
-        positive(damping)
+        delta = positive(damping)
         z = torch.randn(self.dim, count, generator=generator, dtype=self.dtype, device=self.device)
-        e = self.unit_vectors(None)
-        # (G + δ)^(-1/2) = δ^(-1/2) I + e ((λ + δ)^(-1/2) - δ^(-1/2)) eᵀ
-        shrink = (self.eigenvalues + damping).rsqrt() - damping**-0.5
-        return self.unflatten((damping**-0.5 * z + e @ (shrink[:, None] * (e.T @ z))).T)
+        return self.unflatten(self._damped.root(z.double(), delta).T.to(self.dtype))
 
     # ---------------------------------------------------------------- directional derivatives
     @property
     def gradient(self) -> Tensor:
         """Gradient of the loss, flat ``[D]``: the sum of the per-component gradients."""
-        return torch.cat([self._gradients[name].sum(0).reshape(-1) for name in self.names])
+        if self._weights is not None:
+            return self._V.down(self._weights)
+        return torch.cat([g.sum(0).reshape(-1) for g in self._gradients.values()])
+
+    def _per_sample(self, t: Tensor) -> Tensor:
+        """Sum over the rows of each sample, ``[K, ...] → [N, ...]``."""
+        count = int(self._samples[-1]) + 1 if len(self._samples) else 0
+        return t.new_zeros(count, *t.shape[1:]).index_add_(0, self._samples, t)
 
     def slopes(self, k: int | None = None) -> Tensor:
         """γ[n, d] = g_n · e_d, ``[N, k]``; see `GGN.slopes`."""
-        parts = self.unit_vectors(k).split([shape.numel() for shape in self.shapes.values()])
-        return sum(_flat(self._gradients[n]) @ e for n, e in zip(self.names, parts, strict=True))
+        e = self.unit_vectors(k)
+        if self._weights is not None:
+            return self._per_sample(self._weights[:, None] * self._V.up(e))
+        parts = zip(self._gradients.values(), e.split(self._space.sizes), strict=True)
+        with full_precision(e):
+            return torch.stack([g.reshape(len(g), -1) @ part for g, part in parts]).sum(0)
 
     def curvatures(self, k: int | None = None) -> Tensor:
         """λ[n, d] = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; see `GGN.curvatures`."""
-        samples = len(self._gradients[self.names[0]])
-        return self._up(self.unit_vectors(k)).square().unflatten(0, (samples, -1)).sum(1)
+        return self._per_sample(self._V.up(self.unit_vectors(k)).square())
+
+    def _newton(self, damping: float) -> Tensor:
+        if self._weights is None:
+            return self._inverse(self.gradient[:, None], damping)[:, 0]
+        return self._damped.from_weights(self._weights.double()[:, None], damping)[:, 0].to(self.dtype)
+
+    def _newton_along(self, keep: Tensor, damping: Callable[[Tensor], Tensor]) -> Tensor:
+        if self._iterative:
+            return self._along_vectors(keep, damping)
+        w = self._weights
+        if w is None:
+            w = self._damped.weights(self.gradient.double()[:, None])[:, 0]
+        delta = damping(self._damped.values[keep].to(self.dtype))
+        return self._damped.along(w.double(), keep, delta.double()).to(self.dtype)
 
 
-def gram(parts: Sequence[Tensor]) -> Tensor:
-    """Σ_i X_i X_iᵀ of ``X_i [k, p_i]``: only blocks on and below the diagonal are computed, 5/8 of the products."""
-    size = len(parts[0])
-    lower = parts[0].new_zeros(size, size)
-    for rows in parts:
-        for b in chunks(size, max(1, -(-size // 4))):
-            lower[b, : b.stop].addmm_(rows[b], rows[: b.stop].T)
-    return lower.tril() + lower.tril(-1).T
-
-
-def _flat(rows: Tensor) -> Tensor:
-    """``[K, *p] → [K, p]``; p may be a scalar."""
-    return rows.reshape(len(rows), -1)
+def _descending(small: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh(small)
+    return values.flip(0), vectors.flip(1)

@@ -1,0 +1,145 @@
+"""What a recorded graph reads when it is run backward, and whether it is still what it was.
+
+A graph keeps the tensors that it saved, not their values: parameters changed through ``.data``, as by
+``vector_to_parameters``, change what it computes without a word. Checkpointed parts keep less: they run the model's
+code again, in whatever state and mode the model is then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from bncurv.precision import full_precision
+
+_ADVICE = "Compute the curvature again; or use LowRankGGN(matrix_free=False), which holds V and does not go stale."
+
+
+class Recorded:
+    """The tensors of the model that a graph reads, with copies of their values.
+
+    Args:
+        outputs: the graph's outputs.
+        parameters: tensors that it is differentiated by.
+        named: tensors that may be read, by what a message calls them.
+        known: copies made for other graphs, by name; they serve again where the values are the same.
+    """
+
+    def __init__(
+        self,
+        outputs: Iterable[Tensor],
+        parameters: Sequence[Tensor],
+        named: Mapping[str, Tensor],
+        known: dict[str, Tensor],
+    ) -> None:
+        self._parameters = parameters
+        leaves, saved, self._reruns = _read_by(outputs)
+        watched = {name: t for name, t in named.items() if id(t) in leaves or _storage(t) in saved}
+        self._watched = [(name, t, _copy(name, t, known)) for name, t in watched.items()]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A block that runs the graph, without hooks and autocast of the day.
+
+        Raises:
+            RuntimeError: if the graph is no longer the recorded one.
+        """
+        for name, t, before in self._watched:
+            if not _same(t, before):
+                raise RuntimeError(
+                    f"This MatrixFreeGGN is stale: {name} has changed since the curvature was computed, and products "
+                    f"run through the network's graph, which reads it. {_ADVICE}"
+                )
+        if self._reruns:
+            raise RuntimeError(
+                "This MatrixFreeGGN has its eigenpairs and no more products: with torch.utils.checkpoint the network's "
+                "graph would run the model's code again, in the state and mode that it has by now. Turn checkpointing "
+                "off, or use LowRankGGN(matrix_free=False)."
+            )
+        try:
+            with _hooks_resting(self._parameters), full_precision(self._parameters[0]):
+                yield
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "This MatrixFreeGGN is stale: a tensor that the network's graph reads was modified in place since the "
+                f"curvature was computed, so that PyTorch runs it no more, whatever the values are now. {_ADVICE}"
+            ) from error
+
+
+@contextmanager
+def _hooks_resting(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Hooks that users put on parameters do not act on our passes."""
+    tables = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for table, _ in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, entries in tables:
+            table.update(entries)
+
+
+def _read_by(outputs: Iterable[Tensor]) -> tuple[set[int], set[int], bool]:
+    """The graph's leaves (by id), the storages of what its nodes saved, and whether any of it is run again."""
+    leaves: set[int] = set()
+    saved: set[int] = set()
+    stack = [t.grad_fn for t in outputs]
+    seen: set[Node | None] = {None}
+    reruns = False
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(below for below, _ in node.next_functions)
+        leaves.add(id(getattr(node, "variable", None)))
+        reruns = reruns or _recomputed(node)
+        if not reruns:  # to look at what is saved would run it
+            saved.update(_storage(t) for t in _saved(node))
+    return leaves, saved - {0}, reruns
+
+
+def _recomputed(node: Node) -> bool:
+    """Whether a checkpoint makes what this node saved."""
+    for name in dir(node):
+        raw = getattr(node, name) if name.startswith("_raw_saved_") else ()
+        for one in raw if isinstance(raw, tuple | list) else (raw,):
+            if getattr(getattr(one, "unpack_hook", None), "__module__", None) == "torch.utils.checkpoint":
+                return True
+    return False
+
+
+def _saved(node: Node) -> Iterator[Tensor]:
+    """Tensors that a node of the graph holds: saved by PyTorch or by a custom function, or on its context."""
+    names = [name for name in dir(node) if name.startswith("_saved_")]
+    if getattr(node, "_saved_training", False):  # a batch normalisation that does not read its running statistics
+        names = [name for name in names if not name.startswith("_saved_running")]
+    values: list[Any] = [getattr(node, name) for name in names]
+    values += [getattr(node, "saved_tensors", ()), *getattr(node, "__dict__", {}).values()]
+    for value in values:
+        for t in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(t, Tensor):
+                yield t
+
+
+def _storage(t: Tensor) -> int:
+    """Address of a tensor's memory; 0 if it has none of its own."""
+    return t.untyped_storage().data_ptr() if t.layout == torch.strided else 0
+
+
+def _same(t: Tensor, before: Tensor) -> bool:
+    where = (t.shape, t.dtype, t.device)
+    return where == (before.shape, before.dtype, before.device) and torch.equal(t.detach(), before)
+
+
+def _copy(name: str, t: Tensor, known: dict[str, Tensor]) -> Tensor:
+    if name not in known or not _same(t, known[name]):
+        known[name] = t.detach().clone()
+    return known[name]
