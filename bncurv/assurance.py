@@ -22,6 +22,7 @@ from bncurv.passes import Passes, vjp
 from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
 from bncurv.slow import listed, user_level, warn_slow
+from bncurv.structure import ALL
 
 
 class Corrections(Protocol):
@@ -84,7 +85,7 @@ class Assurance:
                     f"the input of '{site.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
                     f"of the {self._passes.samples} samples, so its rows cannot be told apart by sample."
                 )
-        watched = sorted({*self._structure.calls_in(-1), *self._structure.couplings})
+        watched = sorted({*self._structure.calls_in(ALL), *self._structure.couplings})
         edges = self._structure.edges(watched)
         u = self._u
 

@@ -1,6 +1,6 @@
 """BatchNorm in training mode, cut between its statistics and its per-sample map (``gate.py``); PyTorch's own kernels.
 
-y = (x - mean) scale + bias,  scale = weight invstd,  invstd = (v + eps)^(-1/2);  v the biased variance, of m values.
+y = (x - mean) scale + bias,  scale = weight invstd,  invstd = (v + eps)^(-1/2);  v the biased variance.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from bncurv.gate import Coupling, Gates
 
 
-def _per_channel(x: Tensor, t: Tensor) -> Tensor:
-    return t.view(1, -1, *(1,) * (x.dim() - 2))
+def _per_channel(x: Tensor, values: Tensor) -> Tensor:
+    return values.view(1, -1, *(1,) * (x.dim() - 2))
 
 
 def _factors(scale: Tensor, invstd: Tensor) -> Tensor:
@@ -45,14 +45,14 @@ class BatchNormCoupling(Coupling):
         self._scale = invstd if weight is None else invstd * weight
 
     def own_cotangents(self, coordinates: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """1/m for a mean, 2 (x - mean)/m for a variance."""
+        """1 / count for a mean, 2 (x - mean) / count for a variance."""
         channels = self._x.shape[1]
         if coordinates is None:
             coordinates = torch.arange(2 * channels, device=self._x.device)
-        m, channel = self._x.numel() // channels, coordinates % channels
+        count, channel = self._x.numel() // channels, coordinates % channels
         x, mean = self._x[:, channel], self._mean[channel]
-        slope = 2 / m * (x - _per_channel(x, mean))
-        return channel, torch.where(_per_channel(x, coordinates < channels), 1 / m, slope).transpose(0, 1)
+        slope = 2 / count * (x - _per_channel(x, mean))
+        return channel, torch.where(_per_channel(x, coordinates < channels), 1 / count, slope).transpose(0, 1)
 
     @functools.cached_property
     def offset(self) -> float:  # type: ignore[override]
@@ -70,14 +70,14 @@ class BatchNormCoupling(Coupling):
 
     def per_sample(self, delta: Tensor, samples: int) -> Tensor:
         """d/dmean = -scale Σ_s δ,  d/dv = -½ scale invstd Σ_s δ x̂."""
-        q, m, channels = delta.shape[:3]
-        delta = delta.reshape(q, m, channels, -1)
+        q, rows, channels = delta.shape[:3]
+        delta = delta.reshape(q, rows, channels, -1)
         first = delta.sum(3)
-        second = torch.einsum("qmcs,mcs->qmc", delta, self.normalised.reshape(m, channels, -1))
+        second = torch.einsum("qrcs,rcs->qrc", delta, self.normalised.reshape(rows, channels, -1))
         out = delta.new_empty(samples, q, 2, channels)
         for moment, sums in enumerate((first, second)):
             by_sample = (
-                rearrange(sums, "q (n t) c -> n q t c", n=samples).sum(2) if m > samples else sums.transpose(0, 1)
+                rearrange(sums, "q (n t) c -> n q t c", n=samples).sum(2) if rows > samples else sums.transpose(0, 1)
             )
             torch.mul(by_sample, self._factors[moment], out=out[:, :, moment])
         return out.flatten(2)
@@ -102,11 +102,11 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        # x̄ = Σ x / m,  v = Σ (x - x̄)² / m   ⇒   dx = (ḡ + 2 v̄ (x - x̄)) / m
+        # mean = Σ x / count,  v = Σ (x - mean)² / count   ⇒   dx = (ḡ_mean + 2 ḡ_v (x - mean)) / count
         x, mean = ctx.saved_tensors
-        m = x.numel() // x.shape[1]
-        slope = _per_channel(x, 2 * g[1] / m)
-        offset = _per_channel(x, g[0] / m - 2 * g[1] * mean / m)
+        count = x.numel() // x.shape[1]
+        slope = _per_channel(x, 2 * g[1] / count)
+        offset = _per_channel(x, g[0] / count - 2 * g[1] * mean / count)
         return slope * x + offset, None, None, None
 
 

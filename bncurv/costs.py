@@ -9,7 +9,7 @@ from __future__ import annotations
 from bncurv.budget import CHUNK_BYTES, DIRECTION_BYTES, ROW_BYTES, WIDEST_BYTES
 from bncurv.graph import Trace
 from bncurv.products import Products
-from bncurv.structure import Structure
+from bncurv.structure import ALL, Structure
 
 WORTHWHILE = 3  # fewer backward passes than this are not done at once
 TALL = 128  # rows and directions from which on the correction is bound by arithmetic
@@ -72,11 +72,11 @@ class Costs:
         count = self._samples * self._columns
         rows = count * sum(p.numel() for p in self._wanted.values())
         calls = -(-count // self.dense_chunk()) * len(self._calls)
-        return count * self._pass(-1, self._structure.calls_in(-1)) + ROW_ENTRY * rows + CALL * calls
+        return count * self._pass(ALL, self._structure.calls_in(ALL)) + ROW_ENTRY * rows + CALL * calls
 
     def coupled(self, slow: list[str]) -> float:
         """C columns through everything, R directions through what is below, the rows of V and their correction."""
-        cost = (self._columns + 2) * self._pass(-1, self._structure.calls_in(-1)) + 6 * CALL * len(self._calls)
+        cost = (self._columns + 2) * self._pass(ALL, self._structure.calls_in(ALL)) + 6 * CALL * len(self._calls)
         groups = self.groups([name for name in self._wanted if name not in slow])
         cost *= len(groups)
         for j, sites in self._structure.below.items():
@@ -128,11 +128,11 @@ class Costs:
         """Columns of the loss pulled back at once in the coupled way: at least as many as make A P a tall product."""
         directions = max((self._structure.entries[name] for name in names), default=0)
         tall = -(-TALL // self._samples) if directions > TALL else 1
-        return self._chunk_size or max(tall, self._fitting(-1, rows=False))
+        return self._chunk_size or max(tall, self._fitting(ALL, rows=False))
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return self._chunk_size or min(128, self._batch(-1))
+        return self._chunk_size or min(128, self._batch(ALL))
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""

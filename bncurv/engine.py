@@ -2,11 +2,15 @@
 
 Glossary: one meaning per letter in the whole package.
 
-    N, n, m   samples of the mini-batch
-    C, c      columns per sample (classes of the loss' factor); also "channel" in batchnorm.py
+    N, n, n'  samples of the mini-batch
+    t         steps of a sample: rows of a layer's input that belong to it, positions of its output that the loss sees
+    C, c      columns per sample (classes of the loss' factor); in batchnorm.py channels
     K, k      components, k = (n, c), n slowest: a column of S, non-zero only in row n of the output
     R, q      coupling directions: coordinates of the batch statistics; q also counts batched cotangents
+    m         moments of a channel's statistics: mean, variance
     p         entries of one parameter;  D all of them
+    i, j      sites of the graph (layers.py: i, o features of a layer's input and output; losses.py: j columns of a t)
+    u, δ      cotangents of the output; of a layer's output
     S         symmetric factor of the loss Hessian, S Sᵀ = ∇²_F L.  The scale of the loss' reduction (1/N of a mean)
               sits inside S and inside the gradient, nowhere else
     V[k]      J_θFᵀ s_k, one row per component, J the Jacobian of the whole batch;  GGN = Σ_k V[k] V[k]ᵀ
@@ -67,7 +71,7 @@ class Engine:
         sources: Mapping[str, Source | WholeBatch],
         method: str = "auto",
         chunk_size: int | None = None,
-        tick: Callable[[int], object] = int,
+        tick: Callable[[int], object] | None = None,
         tol: float = 0.0,
         keep_own: bool = False,
         squares: Collection[str] = (),
@@ -79,7 +83,8 @@ class Engine:
         self._columns = sum(s.columns_per_sample for s in self._sources.values())
         self._method, self._keep_own, self._squares, self._tol = method, keep_own, squares, tol
         self.structure = Structure(self.trace, self.wanted)
-        centred = () if keep_own or tol else self.structure.sole  # these need the own part and the mean's directions
+        uncentred = keep_own or tol  # these need the own part and the mean's directions as such
+        centred = () if uncentred else self.structure.exclusive
         self.products = Products(self.trace, self.structure, self.wanted, self.samples, centred, keep=not chunk_size)
         self.costs = Costs(self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size)
         quiet = [p for name, p in self.wanted.items() if self.structure.vanishes(name)]

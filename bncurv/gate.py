@@ -109,7 +109,7 @@ class Coupling(ABC):
         """D statistic / dx of some coordinates of channelled statistics (all: ``None``).
 
         Returns:
-            Their channels ``[q]`` and, in those channels of the input, the derivatives ``[q, m, *position]``.
+            Their channels ``[q]`` and, in those channels of the input, the derivatives ``[q, n·t, *position]``.
         """
         raise NotImplementedError(f"{type(self).__name__} is channelled, so it must define own_cotangents.")
 

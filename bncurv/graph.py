@@ -62,7 +62,7 @@ class Trace:
         sites: the marked nodes.
         modules: outputs of modules: name, shape and edge.
         loose: parameters used outside the marked calls.
-        takers: how many inputs of the graph's nodes a node's output feeds.
+        consumers: how many inputs of the graph's nodes a node's output feeds.
         hooked: edges of tensors with a hook of the model's own code.
         ungated: what runs a coupled layer without a gate, a sentence each.
         lowered: modules whose output is in half precision, or was cast down to it.
@@ -72,7 +72,7 @@ class Trace:
     sites: list[Site] = field(default_factory=list)
     modules: list[tuple[str, torch.Size, GradientEdge]] = field(default_factory=list)
     loose: list[Tensor] = field(default_factory=list)
-    takers: Counter[tuple[Node, int]] = field(default_factory=Counter)
+    consumers: Counter[tuple[Node, int]] = field(default_factory=Counter)
     hooked: set[tuple[Node, int]] = field(default_factory=set)
     ungated: list[str] = field(default_factory=list)
     lowered: list[str] = field(default_factory=list)
@@ -106,7 +106,7 @@ def trace(output: Tensor, wanted: Iterable[Tensor]) -> Trace:
         upstream = 0
         for e in edges:
             upstream |= reach[e.node]
-            found.takers[e.node, e.output_nr] += 1
+            found.consumers[e.node, e.output_nr] += 1
         if mark:
             found.sites.append(Site(mark, GradientEdge(node, mark.output_nr), upstream))
             upstream |= 1 << (len(found.sites) - 1)

@@ -159,7 +159,7 @@ class Conv(Layer):
         padding = arguments.get("padding", 0)
         if padding == "same":
             total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-            pads = [(t // 2, t - t // 2) for t in total]
+            pads = [(whole // 2, whole - whole // 2) for whole in total]
         else:
             padding = 0 if padding == "valid" else padding
             pads = [(p, p) for p in per_axis(padding, dims)]
@@ -237,9 +237,9 @@ class Affine(Layer):
             return None
         return rearrange(self.spread(arguments, self.normalised(arguments, x), 0), "n g s -> g n s 1")
 
-    def spread(self, arguments: Arguments, t: Tensor, lead: int) -> Tensor:
-        """Bring ``t [*lead, n, ...]`` to ``[*lead, n, feature, position]``; features are on axis 1 of a sample."""
-        return t.reshape(*t.shape[: lead + 2], -1)
+    def spread(self, arguments: Arguments, x: Tensor, lead: int) -> Tensor:
+        """Bring ``x [*lead, n, ...]`` to ``[*lead, n, feature, position]``; features are on axis 1 of a sample."""
+        return x.reshape(*x.shape[: lead + 2], -1)
 
 
 class LayerNorm(Affine):
@@ -253,9 +253,9 @@ class LayerNorm(Affine):
     def normalised(self, arguments, x):
         return nnf.layer_norm(x, arguments["normalized_shape"], eps=arguments.get("eps", 1e-5))
 
-    def spread(self, arguments, t, lead):
+    def spread(self, arguments, x, lead):
         features = len(arguments["normalized_shape"])
-        flat = t.reshape(*t.shape[: lead + 1], -1, t.shape[-features:].numel())
+        flat = x.reshape(*x.shape[: lead + 1], -1, x.shape[-features:].numel())
         return flat.mT
 
 

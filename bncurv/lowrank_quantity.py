@@ -65,7 +65,7 @@ class LowRankGGN(Quantity):
     """
 
     field = "ggn"
-    pulls = ("factor", "gradient")
+    wants = ("factor", "gradient")
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class Passes:
         output: Tensor,
         trace: Trace,
         structure: Structure,
-        tick: Callable[[int], object],
+        tick: Callable[[int], object] | None = None,
         quiet: Iterable[Tensor] = (),
     ) -> None:
         self.output, self.sites, self.structure = output, trace.sites, structure
@@ -118,7 +118,8 @@ class Passes:
         if not edges or not count:
             return [None] * len(edges)
         self.count += count
-        self._tick(count)
+        if self._tick is not None:
+            self._tick(count)
         starts = outputs if isinstance(outputs, list) else [outputs]
         rows = vjp(starts, edges, several, self._singly)
         if outputs is self.output and self._gates not in self._examined and (count > 1 or not self._trace.plain):

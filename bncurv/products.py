@@ -93,7 +93,7 @@ class Products:
     def right(self, j: int, role: str, rows: slice = slice(None)) -> Tensor | None:
         """Right operand of a product, ``[g, n, s, i]``, kept as long as all of them stay small.
 
-        Centred where the site is: ``None`` then stands for zeros, not for ones.
+        Centred where the site is; then not asked for where it is ones (`_centred_ones`): there is nothing left of them.
         """
         key = j, role
         if self._keep(j, role) and key not in self._rights:
@@ -125,11 +125,12 @@ class Products:
     # ---------------------------------------------------------------- products
     def summed_at(self, j: int, role: str, delta: Tensor) -> Tensor:
         """One parameter's product with ``delta [q, ...]`` at one site, summed over the batch: ``[q, *p]``."""
-        call, right = self._trace.sites[j].call, self.right(j, role)
+        call = self._trace.sites[j].call
         shape = call.arguments[role].shape
         if self._centred_ones(j, role):
             return delta.new_zeros(len(delta), *shape)
-        return call.layer.unfold(role, Product(call.layer.left(role, call.arguments, delta), right).summed(), shape)
+        product = Product(call.layer.left(role, call.arguments, delta), self.right(j, role))
+        return call.layer.unfold(role, product.summed(), shape)
 
     def summed(self, name: str, delta: dict[int, Tensor | None], count: int, sums: Mapping[int, Tensor]) -> Tensor:
         """A parameter's product with ``count`` cotangents at its sites, summed over the batch: ``[q, *p]``.
@@ -166,13 +167,13 @@ class Products:
         piece = n.stop - n.start if self._keep(j, role) else max(1, ROW_BYTES // max(1, self._size(j, role) * t))
         parts = []
         for some in chunks(n.stop - n.start, piece):
-            m = slice((n.start + some.start) * t, (n.start + some.stop) * t)
-            left = call.layer.left(role, call.arguments, delta[:, m])
-            parts.append(Product(left, self.right(j, role, m)).per_sample())
-        rows = torch.cat(parts) if parts[1:] else parts[0]
+            rows = slice((n.start + some.start) * t, (n.start + some.stop) * t)
+            left = call.layer.left(role, call.arguments, delta[:, rows])
+            parts.append(Product(left, self.right(j, role, rows)).per_sample())
+        found = torch.cat(parts) if parts[1:] else parts[0]
         if t > 1:
-            rows = rows.unflatten(0, (-1, t)).sum(1)
-        return call.layer.unfold(role, rows, call.arguments[role].shape)
+            found = found.unflatten(0, (-1, t)).sum(1)
+        return call.layer.unfold(role, found, call.arguments[role].shape)
 
     def centre(self, name: str, product: Tensor, received: Mapping[int, Tensor]) -> Tensor:
         """Σ δ x → Σ δ (x - x̄) in ``product [q, *p]``; by site, what its BatchNorm's mean ``received [q, o]``: -Σ δ."""

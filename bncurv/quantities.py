@@ -34,7 +34,7 @@ class Quantity(BackpropExtension):
 
     Attributes:
         field: attribute of parameters and of `Results` that receives the result.
-        pulls: the columns pulled back, of ``"gradient"`` (∂L/∂F, one per sample) and ``"factor"`` (S).
+        wants: the columns that it needs, of ``"gradient"`` (∂L/∂F, one per sample) and ``"factor"`` (S).
         per_component: whether the result's leading axis is the sample; mini-batches are then concatenated.
         degree: power of the loss' scale in the result; mini-batches combine with shares to this power.
         coupled_only: whether the coupled way must be taken.
@@ -43,7 +43,7 @@ class Quantity(BackpropExtension):
     """
 
     field: ClassVar[str]
-    pulls: ClassVar[tuple[str, ...]] = ("factor",)
+    wants: ClassVar[tuple[str, ...]] = ("factor",)
     per_component: ClassVar[bool] = False
     degree: ClassVar[float] = 1
     coupled_only: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class Quantity(BackpropExtension):
 
     def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""
-        return {key: batch.loss if key == "gradient" else batch.loss.factor for key in self.pulls}
+        return {key: batch.loss if key == "gradient" else batch.loss.factor for key in self.wants}
 
     def start(self, batch: Batch) -> Any:
         """Empty state for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component."""
@@ -129,7 +129,7 @@ class ComponentGrad(Quantity):
     """
 
     field = "grad_component"
-    pulls = ("gradient",)
+    wants = ("gradient",)
     per_component = True
 
     def add(self, state: Result, key: str, rows: Rows) -> None:
@@ -141,7 +141,7 @@ class ComponentL2Grad(Quantity):
     """Squared norms ``l2_component [N]`` of the per-component gradients, one per sample and parameter: ‖g_n‖²."""
 
     field = "l2_component"
-    pulls = ("gradient",)
+    wants = ("gradient",)
     per_component = True
     degree = 2
 
@@ -158,7 +158,7 @@ class SumComponentGradSquared(Quantity):
     """Second moment ``sum_grad_squared [*p]``: Σ_n g_n², elementwise (BackPACK's SumGradSquared, with coupling)."""
 
     field = "sum_grad_squared"
-    pulls = ("gradient",)
+    wants = ("gradient",)
     degree = 2
     squares_only = True
 
@@ -194,7 +194,7 @@ class ComponentVariance(Quantity):
     """
 
     field = "variance"
-    pulls = ("gradient",)
+    wants = ("gradient",)
 
     def start(self, batch: Batch) -> dict[str, Moments]:
         """No values yet."""

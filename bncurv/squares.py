@@ -1,13 +1,13 @@
 """Σ_k V[k]² of a linear layer's weight from its factors, without forming a row of V.
 
-With one position per sample, a row is a sum of products (letters: heads of ``engine.py`` and ``layers.py``; m: moment)
+With one position per sample, a row is a sum of products (letters: heads of ``engine.py`` and ``layers.py``)
 
     V[(n, c), o, i] = δ[c, n, o] x[n, i]  +  Σ_q A[n, c, q] P[q, o, i]  +  Σ_m a[n, c, m, o] p[m, o, i]
 
 and the sum of its squares needs matrix products over n or q instead of all (n, c):
 
-    Σ_k V² = Σ_n (Σ_c δ²) x²  +  Σ_q P[q] (2 W[q] + (M P)[q] + 2 Σ_m t[q, m] p[m])  +  Σ_m p[m] (2 w[m] + Σ_m' s[m, m'] p[m'])
-    W[q] = Σ_n (Σ_c A[q] δ) x     w[m] = Σ_n (Σ_c a[m] δ) x     M = Σ_k A Aᵀ     t[q, m] = Σ_k A[q] a[m]     s = Σ_k a aᵀ
+    Σ_k V² = Σ_n (Σ_c δ²) x²  +  Σ_q P[q] (2 W[q] + (Z P)[q] + 2 Σ_m Y[q, m] p[m])  +  Σ_m p[m] (2 w[m] + Σ_m' z[m, m'] p[m'])
+    W[q] = Σ_n (Σ_c A[q] δ) x     w[m] = Σ_n (Σ_c a[m] δ) x     Z = Σ_k A Aᵀ     Y[q, m] = Σ_k A[q] a[m]     z = Σ_k a aᵀ
 
 Where these terms cancel, so that the sum has lost digits, the entries concerned are computed again from their rows.
 """  # noqa: E501
@@ -39,9 +39,9 @@ def sum_squares(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
     terms = total.clone()  # what would be left if nothing cancelled
     for a, p in direct:
         w = torch.einsum("ncmo,cno->mon", a, left) @ right
-        s = torch.einsum("ncmo,ncko->mko", a, a)
-        total += (p * (2 * w + torch.einsum("mko,koi->moi", s, p))).sum(0)
-        terms += torch.einsum("mmo,moi->oi", s, p.square())
+        z = torch.einsum("ncmo,ncko->mko", a, a)
+        total += (p * (2 * w + torch.einsum("mko,koi->moi", z, p))).sum(0)
+        terms += torch.einsum("mmo,moi->oi", z, p.square())
     if correction.A is not None and correction.P is not None:
         _add_directions(total, terms, left, right, correction.A, correction.P.reshape(-1, o, i), direct)
     lost = (total < KEPT[total.dtype] * terms).flatten().nonzero()[:, 0]
@@ -61,16 +61,16 @@ def _add_directions(
 ) -> None:
     """Add everything with P to the sum and to the squares of its terms; some q at a time."""
     by_sample, columns, flat = left.transpose(0, 1), A.flatten(0, 1), P.flatten(1)  # [n, c, o], [k, q], [q, (o i)]
-    half_M = 0.5 * columns.T @ columns
+    half_Z = 0.5 * columns.T @ columns
     pairs = [(columns.T @ a[:, :, m].flatten(0, 1), p[m]) for a, p in direct for m in range(len(p))]
     each = flat.element_size() * max(flat.shape[1], by_sample.shape[0] * by_sample.shape[2])
     for q in chunks(len(P), max(1, BLOCK_BYTES // each)):
         weights = rearrange(A[..., q].mT @ by_sample, "n q o -> (q o) n")
-        rest = (half_M[q] @ flat).view(-1, right.shape[1]).addmm_(weights, right).view_as(P[q])
-        for t, p in pairs:
-            rest.addcmul_(t[q, :, None], p)
+        rest = (half_Z[q] @ flat).view(-1, right.shape[1]).addmm_(weights, right).view_as(P[q])
+        for Y, p in pairs:
+            rest.addcmul_(Y[q, :, None], p)
         total.add_(rest.mul_(P[q]).sum(0), alpha=2)
-        terms += torch.tensordot(2 * half_M.diagonal()[q], P[q].square(), 1)
+        terms += torch.tensordot(2 * half_Z.diagonal()[q], P[q].square(), 1)
 
 
 def _entries(left: Tensor, right: Tensor, correction: Correction, f: Tensor) -> Tensor:

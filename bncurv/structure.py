@@ -9,6 +9,8 @@ from torch.autograd.graph import GradientEdge
 
 from bncurv.graph import Trace
 
+ALL = -1  # the bit set of all sites
+
 
 class Structure:
     """Order and neighbourhood of the sites of a traced graph.
@@ -23,7 +25,7 @@ class Structure:
         direct: by coupling, the site whose output is its input, entry by entry, if channels lead its parameters' axes.
         below: by coupling, what a pass from its statistics must reach: calls but the direct one, lower couplings.
         through: by coupling, all sites that such a pass crosses, as a bit set.
-        sole: direct sites whose output nothing but the BatchNorm behind takes up.
+        exclusive: direct sites whose output nothing but the BatchNorm behind takes up.
         pulled_from: parameter name → couplings whose passes reach it, in forward order.
         width: by coupling, the number of its statistics.
         entries: parameter name → rows of P it needs: the statistics above it but for those directly above.
@@ -43,7 +45,7 @@ class Structure:
             self.below[j] = sorted({*self.calls_in(upstream), *self.lower(j)} - {i})
             self.through[j] = upstream if i is None else upstream & ~(1 << i)
         ends = {i: sites[i].edge for i in self.direct.values() if i is not None}
-        self.sole = {i for i, e in ends.items() if trace.takers[e.node, e.output_nr] == 1}
+        self.exclusive = {i for i, e in ends.items() if trace.consumers[e.node, e.output_nr] == 1}
         self.width = {j: sites[j].coupling.statistics.numel() for j in self.couplings}
         self.pulled_from = {
             name: [j for j in self.couplings if not self.sites(name).isdisjoint(self.below[j])] for name in wanted
@@ -57,7 +59,7 @@ class Structure:
     def vanishes(self, name: str) -> bool:
         """Whether all rows of a parameter are zero: a bias that the BatchNorm behind takes off again."""
         uses = self.uses.get(name, ())
-        return bool(uses) and all(j in self.sole and role == "bias" for j, role in uses)
+        return bool(uses) and all(j in self.exclusive and role == "bias" for j, role in uses)
 
     def calls_in(self, sites: int) -> list[int]:
         """Sites of a bit set that hold a wanted parameter's call, in forward order."""
