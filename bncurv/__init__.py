@@ -7,6 +7,7 @@ The idea of the package is told at the head of ``gate.py`` and ``engine.py``.
 from bncurv.api import Results, curvature
 from bncurv.extension import extend, unextend
 from bncurv.gate import register_coupled
+from bncurv.influence import InfluenceGrad, InfluenceProjection
 from bncurv.layers import register_layer
 from bncurv.losses import register_loss
 from bncurv.lowrank import GGN, LowRank, MatrixFreeGGN
@@ -36,6 +37,8 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "GGN",
+    "InfluenceGrad",
+    "InfluenceProjection",
     "LowRank",
     "LowRankGGN",
     "MatrixFreeGGN",

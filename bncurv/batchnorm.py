@@ -38,11 +38,12 @@ class BatchNormCoupling(Coupling):
         mean: Tensor,
         invstd: Tensor,
         weight: Tensor | None,
+        eps: float,
     ) -> None:
         super().__init__(name, statistics, gates)
-        self.handle, self.channelled = handle, x.shape
-        self._x, self._mean, self._invstd = x, mean, invstd
-        self._scale = invstd if weight is None else invstd * weight
+        self.handle, self.channelled, self._live = handle, x.shape, (x, weight, eps)
+        self._x, self._mean, self._invstd = x.detach(), mean, invstd
+        self._scale = invstd if weight is None else invstd * weight.detach()
 
     def own_cotangents(self, coordinates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """1 / count for a mean, 2 (x - mean) / count for a variance."""
@@ -87,6 +88,30 @@ class BatchNormCoupling(Coupling):
         both = (delta, delta * self.normalised)
         sums = torch.stack([t.sum(1).flatten(2).sum(2) if t.dim() > 3 else t.sum(1) for t in both], 1)
         return (sums * self._factors).flatten(1), sums
+
+
+    # ------------------------------------------------------------ on the graph: what depends on the layer's input
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        """X - mean and v, differentiable."""
+        x = self._live[0]
+        axes = (0, *range(2, x.dim()))
+        centred = x - _per_channel(x, x.mean(axes))
+        return centred, centred.square().mean(axes)
+
+    def received(self, delta: Tensor) -> Tensor:
+        """λ_mean = -scale Σ δ,  λ_v = -½ scale invstd Σ δ x̂."""
+        _, weight, eps = self._live
+        centred, v = self._centred()
+        axes, invstd = (0, *range(2, delta.dim())), (v + eps).rsqrt()
+        sums = torch.stack([delta.sum(axes), (delta * centred).sum(axes) * invstd])
+        return (sums * _factors(invstd if weight is None else invstd * weight, invstd)).flatten()
+
+    def deviations(self, samples: int) -> Tensor:
+        """Mean_s x_ns - mean and mean_s (x_ns - mean)² - v."""
+        centred, v = self._centred()
+        by_sample = centred.reshape(samples, -1, *centred.shape[1:])  # [n, t, channel, *position]
+        axes = (1, *range(3, by_sample.dim()))
+        return torch.cat([by_sample.mean(axes), by_sample.square().mean(axes) - v], 1)
 
 
 class _Moments(torch.autograd.Function):
@@ -185,6 +210,5 @@ def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tens
     coupling = None
     if handle is not None:
         statistics = _Moments.apply(x, mean, invstd, eps)
-        fixed = None if weight is None else weight.detach()
-        coupling = BatchNormCoupling(name, statistics, gates, handle, x.detach(), mean, invstd, fixed)
+        coupling = BatchNormCoupling(name, statistics, gates, handle, x, mean, invstd, weight, eps)
     return y, coupling, {"mean": mean, "invstd": invstd}

@@ -84,7 +84,11 @@ class Directions:
 
     def read(self, delta: Mapping[int, Tensor | None], count: int) -> None:
         """Take A from the cotangents of ``count`` columns with closed gates."""
-        a = self._a = self._passes.coefficients(delta, count)
+        self.carry(self._passes.coefficients(delta, count))
+
+    def carry(self, a: dict[int, Tensor]) -> None:
+        """Take coefficients ``[n, c, R]`` by coupling, and carry them down through the lower statistics, in place."""
+        self._a = a
         self._joined: dict[tuple[int, ...], Tensor] = {}
         for upper in reversed(self._structure.couplings):
             for lower, b in self.between[upper].items():

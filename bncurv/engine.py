@@ -26,6 +26,7 @@ backpropagates all N·C columns with open gates. Both are exact.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 
 import torch
@@ -43,6 +44,18 @@ from bncurv.structure import Structure
 from bncurv.truncation import TruncatedDirections
 
 
+class Procedure(ABC):
+    """A source with a way of its own: it starts elsewhere than at the output, or takes more than backward passes."""
+
+    @abstractmethod
+    def planned(self, engine: Engine) -> int:
+        """Backward passes that it will take."""
+
+    @abstractmethod
+    def pull(self, engine: Engine) -> Iterator[Rows]:
+        """Blocks for the quantity that asked for it."""
+
+
 class Engine:
     """Pulls columns back through one recorded forward pass.
 
@@ -58,6 +71,8 @@ class Engine:
 
     Attributes:
         way: ``"coupled"`` or ``"dense"``.
+        back: backward passes through the graph.
+        slow: parameters without a product.
         error: with ``tol``, the estimated Frobenius norm of what was dropped from V, by parameter name.
 
     Raises:
@@ -68,7 +83,7 @@ class Engine:
     def __init__(
         self,
         batch: Batch,
-        sources: Mapping[str, Source | WholeBatch],
+        sources: Mapping[str, Source | WholeBatch | Procedure],
         method: str = "auto",
         chunk_size: int | None = None,
         tick: Callable[[int], object] | None = None,
@@ -79,7 +94,8 @@ class Engine:
         self.output, self.wanted, self.trace = batch.output, dict(batch.parameters), batch.trace
         self.samples = batch.samples
         self._whole = {key: s for key, s in sources.items() if isinstance(s, WholeBatch)}
-        self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch)}
+        self._procedures = {key: s for key, s in sources.items() if isinstance(s, Procedure)}
+        self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch | Procedure)}
         self._columns = sum(s.columns_per_sample for s in self._sources.values())
         self._method, self._keep_own, self._squares, self._tol = method, keep_own, squares, tol
         self.structure = Structure(self.trace, self.wanted)
@@ -88,17 +104,17 @@ class Engine:
         self.products = Products(self.trace, self.structure, self.wanted, self.samples, centred, keep=not chunk_size)
         self.costs = Costs(self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size)
         quiet = [p for name, p in self.wanted.items() if self.structure.vanishes(name)]
-        self._passes = Passes(self.output, self.trace, self.structure, tick, quiet)
-        self._checks = Assurance(self._passes, self.trace, self.products, list(self._sources.values()))
+        self.back = Passes(self.output, self.trace, self.structure, tick, quiet)
+        self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()))
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
-        self._slow = self._without_product()
+        self.slow = self._without_product()
         self.way = self._choose()
 
     @property
     def passes(self) -> int:
         """Backward passes of the whole batch so far."""
-        return self._passes.count
+        return self.back.count
 
     # ---------------------------------------------------------------- which way
     def _without_product(self) -> list[str]:
@@ -113,15 +129,15 @@ class Engine:
     def _choose(self) -> str:
         if self._method == "dense":
             return "dense"
-        if self._slow and self._columns:
+        if self.slow and self._columns:
             warn_slow(
-                f"No parameter product for {listed(self._slow)} (used outside the layer table, or on rows that are no "
+                f"No parameter product for {listed(self.slow)} (used outside the layer table, or on rows that are no "
                 "samples): exact, but by one backward pass per component (slow). Leave them out with params=..., or "
                 "add the layer with bncurv.register_layer."
             )
         if not self._columns:
             return "dense"
-        if self._method == "auto" and self.costs.dense() <= self.costs.coupled(self._slow):
+        if self._method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow):
             if not self._checks.offset():
                 return "dense"
         problem = self._checks.mixing()
@@ -135,18 +151,19 @@ class Engine:
     def planned(self) -> int:
         """Backward passes that the sources will take."""
         whole = sum(len(s.cotangents) for s in self._whole.values())
+        whole += sum(procedure.planned(self) for procedure in self._procedures.values())
         if not self._columns:
             return whole
         if self.way == "dense":
             return whole + self.samples * self._columns
         directions = sum(self.structure.width[j] for j, below in self.structure.below.items() if below)
-        return whole + self._columns + directions + (self.samples * self._columns if self._slow else 0)
+        return whole + self._columns + directions + (self.samples * self._columns if self.slow else 0)
 
     # ---------------------------------------------------------------- the two ways
     def pull_whole(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""
         names = list(self.wanted) if names is None else names
-        got = self._passes.vjp(self.output, [self.wanted[name] for name in names], cotangents)
+        got = self.back.vjp(self.output, [self.wanted[name] for name in names], cotangents)
         count = len(cotangents)
         return {n: self.products.zeros(n, count) if g is None else g for n, g in zip(names, got, strict=True)}
 
@@ -157,9 +174,12 @@ class Engine:
             for q in chunks(len(whole.cotangents), self.costs.dense_chunk()):
                 for name, values in self.pull_whole(whole.cotangents[q]).items():
                     yield key, Rows(name, values[None], slice(0, 1), q)
+        for key, procedure in self._procedures.items():
+            for rows in procedure.pull(self):
+                yield key, rows
         if not self._sources:
             return
-        coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self._slow]
+        coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self.slow]
         dense = [name for name in self.wanted if name not in coupled]
         for names in self.costs.groups(coupled):
             dense += yield from self._group(names)  # P of one group at a time: it goes with the generator
@@ -180,10 +200,10 @@ class Engine:
     def _pull_directions(self, sources: list[Source], names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
         if self._tol and self.structure.couplings:
-            truncated = TruncatedDirections(self._passes, self.products, self.costs, sources, self._tol, names)
+            truncated = TruncatedDirections(self.back, self.products, self.costs, sources, self._tol, names)
             self.error |= truncated.error
             return truncated
-        directions = Directions(self._passes, self.products, self.costs, names, self._between)
+        directions = Directions(self.back, self.products, self.costs, names, self._between)
         self._between = directions.between
         return directions
 
@@ -200,7 +220,7 @@ class Engine:
                 spread[torch.arange(len(index), device=index.device), :, index] = columns[:, index].transpose(0, 1)
                 cotangents, own = spread.flatten(0, 1), {}
                 if self._keep_own:
-                    with self._passes.closed(sums=True):
+                    with self.back.closed(sums=True):
                         held = self.pull_whole(cotangents, names)
                     own = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
                 for name, rows in self.pull_whole(cotangents, names).items():
@@ -212,7 +232,7 @@ class Engine:
         sites = sorted({*(j for name in names for j in self.structure.sites(name)), *self.structure.couplings})
         for c in chunks(source.columns_per_sample, self.costs.column_chunk(names)):
             columns = source.columns(c)
-            delta = self._passes.closed_vjp(self.output, sites, columns)
+            delta = self.back.closed_vjp(self.output, sites, columns)
             directions.read(delta, len(columns))
             for name in names:
                 correction = directions.correction(name)

@@ -105,6 +105,20 @@ class Coupling(ABC):
         The latter is ``[q, 2, channel]``, bias first.
         """
 
+    def received(self, delta: Tensor) -> Tensor:
+        """λ = dL/d statistics ``[R]``, differentiable in the cotangent ``delta [n·t, ...]`` and the layer's input."""
+        raise TypeError(self._no_weights())
+
+    def deviations(self, samples: int) -> Tensor:
+        """N ∂ statistics / ∂w_n at equal weights w of the samples, ``[n, R]``, differentiable in the layer's input."""
+        raise TypeError(self._no_weights())
+
+    def _no_weights(self) -> str:
+        return (
+            f"Influence gradients weight the samples in the batch statistics, and how that is done in '{self.name}', a "
+            "layer given to bncurv.register_coupled, is not known. They are defined for BatchNorm only."
+        )
+
     def own_cotangents(self, coordinates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """D statistic / dx of some coordinates of channelled statistics (all: ``None``).
 

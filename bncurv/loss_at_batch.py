@@ -102,6 +102,10 @@ class LossAtBatch:
             raise ValueError(f"{self.name} does not depend on the model's output, so it has no gradient.")
         return self._finite("gradient", found[0])
 
+    def value_on(self, output: Tensor) -> Tensor:
+        """The loss as a differentiable function of the output on its graph."""
+        return _call(self._loss_fn, self._hooked)(output.clone(), self.target) * self._scale
+
     def _scalar(self, value: Any) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.name} returned {type(value).__name__}; expected a scalar tensor.")

@@ -106,9 +106,19 @@ class Passes:
         self._quiet = {id(p) for p in quiet}
 
     def vjp(
-        self, outputs: Tensor | GradientEdge | list[Tensor], edges: Ends, cotangents: Tensor | list[Tensor]
+        self,
+        outputs: Tensor | GradientEdge | list[Tensor],
+        edges: Ends,
+        cotangents: Tensor | list[Tensor],
+        beyond: str | None = None,
     ) -> list[Tensor | None]:
         """`vjp`, counted; of one output or of several.
+
+        Args:
+            outputs: where the passes start.
+            edges: where they are read.
+            cotangents: ``[q, *output]`` each.
+            beyond: name of a graph beyond the recorded one, whose first passes are to be examined too.
 
         Raises:
             RuntimeError: where the passes are not those of a linear map.
@@ -117,22 +127,29 @@ class Passes:
         count = len(several[0])
         if not edges or not count:
             return [None] * len(edges)
+        self.note(count)
+        starts = outputs if isinstance(outputs, list) else [outputs]
+        rows = vjp(starts, edges, several, self._singly)
+        graph = self._gates if outputs is self.output else beyond
+        if graph and graph not in self._examined and (count > 1 or not self._trace.plain):
+            self._examined.add(graph)
+            rows = self._examine(starts[0], edges, several[0], rows)
+        return rows
+
+    def note(self, count: int) -> None:
+        """Count backward passes that were just done."""
         self.count += count
         if self._tick is not None:
             self._tick(count)
-        starts = outputs if isinstance(outputs, list) else [outputs]
-        rows = vjp(starts, edges, several, self._singly)
-        if outputs is self.output and self._gates not in self._examined and (count > 1 or not self._trace.plain):
-            self._examined.add(self._gates)
-            rows = self._examine(edges, several[0], rows)
-        return rows
 
-    def _examine(self, edges: Ends, u: Tensor, rows: list[Tensor | None]) -> list[Tensor | None]:
-        """The first rows from the output with these gates: as they are, or one by one where that helps, or refused."""
+    def _examine(
+        self, start: Tensor | GradientEdge, edges: Ends, u: Tensor, rows: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The first rows of a graph: as they are, or one by one where that helps, or refused."""
         watched = [i for i, end in enumerate(edges) if id(end) not in self._quiet]
-        verdict, pull = self._verdict(self.output, [edges[i] for i in watched], u, [rows[i] for i in watched])
+        verdict, pull = self._verdict(start, [edges[i] for i in watched], u, [rows[i] for i in watched])
         if verdict is Verdict.OTHER_ROWS and len(u) > 1:
-            rows, self._singly = vjp([self.output], edges, [u], singly=True), True
+            rows, self._singly = vjp([start], edges, [u], singly=True), True
             verdict = examine(pull, u, [rows[i] for i in watched])
             if verdict is Verdict.RIGHT:
                 warn_slow(
@@ -164,7 +181,7 @@ class Passes:
     def demand_linear(self, edges: Ends, u: Tensor) -> None:
         """Raise RuntimeError unless passes of the output's cotangent ``u`` are those of a linear map."""
         if edges and not self._trace.plain:
-            self._examine(edges, u[None], vjp([self.output], edges, [u[None]]))
+            self._examine(self.output, edges, u[None], vjp([self.output], edges, [u[None]]))
 
     def _where(self, edges: Ends) -> str:
         """The first module whose own passes are not right."""

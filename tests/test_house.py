@@ -18,7 +18,7 @@ FLOORS = [
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
      "certificate", "agreement", "assurance", "engine"},
     {"lowrank"},
-    {"quantities", "sampling", "report", "lowrank_quantity"},
+    {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
     {"batch", "checks", "untouched"},
     {"api", "extension"},
     {""},
