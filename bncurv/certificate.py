@@ -1,8 +1,8 @@
 """The certificate: with the gates closed, no sample may feel another.
 
 The pull-back with constant statistics is block-diagonal over samples if and only if scaling sample n's cotangent by f_n
-scales all gradients of sample n by f_n and does nothing else. That is checked at every recorded layer, row by row, for
-all pairs of samples: coupling of n' with n leaves (f_n' / f_n - 1) J_nn' u_n' behind in row n. The f_n are powers of
+scales all gradients of sample n by f_n and does nothing else. That is checked at every recorded layer, entry by entry,
+for all pairs of samples: coupling of n' with n leaves (f_n' / f_n - 1) J_nn' u_n' behind in row n. The f_n are powers of
 two, by which rounding commutes: without coupling nothing at all is left, also where a gradient cancels down to
 rounding. They are 2^digit / loudness: two samples differ in at least one base-32 digit of their indices, one pass per
 digit; and the loudness, sample n's largest gradient, makes what a quiet sample leaves in a loud one's row as large as
@@ -46,11 +46,21 @@ def leaks(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, samp
         scaled = pull(u * scale.repeat_interleave(len(u) // samples).view(-1, *(1,) * (u.dim() - 1)).to(u.dtype))
         for i, p, size in zip(checked, before, sizes, strict=True):
             after = scaled[i]
-            left = size if after is None else loudness(_by_sample(after, samples) / scale[:, None].to(p.dtype) - p)
-            if bool((left > COUPLED[p.dtype] * size).any()):
+            back = torch.zeros_like(p) if after is None else _by_sample(after, samples) / scale[:, None].to(p.dtype)
+            if bool(((back - p).abs() > COUPLED[p.dtype] * p.abs() + _rounded(p, size)[:, None]).any()):
                 return True
         place *= BASE
     return False
+
+
+def _rounded(p: Tensor, size: Tensor) -> Tensor:
+    """What may be left without coupling, by row: numbers too small for all their digits.
+
+    On devices whose sums come in any order also rounding.
+    """
+    limits = torch.finfo(p.dtype)
+    relative = 2.0**30 * limits.tiny + (0.0 if p.device.type == "cpu" else 8 * limits.eps)
+    return relative * size + limits.tiny / limits.eps
 
 
 def _by_sample(p: Tensor | None, samples: int) -> Tensor:

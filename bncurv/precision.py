@@ -8,7 +8,7 @@ import torch
 EXACT = {torch.float32: 1e-4, torch.float64: 1e-11}
 # What rounding may leave of a passing comparison where digits cancel; another map differs by more
 ROUGHLY = {torch.float32: 1e-2, torch.float64: 1e-6}
-# Per-sample scaling by powers of two commutes with rounding: what is left is coupling (or a kernel's order of sums)
+# Per-sample scaling by powers of two commutes with rounding: what is left, entry by entry, is coupling
 COUPLED = {torch.float32: 1e-6, torch.float64: 1e-14}
 # A user's pair or formula against autograd
 FORMULA = {torch.float32: 1e-3, torch.float64: 1e-8}

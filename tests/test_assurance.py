@@ -314,6 +314,18 @@ def test_coupling_from_a_quiet_sample_into_a_loud_one_is_found():
             curvature(model, CE, data(64), ComponentGrad(), method="coupled")
 
 
+def test_coupling_of_quiet_features_is_found():
+    """Half of the features are mixed over the batch, the other half is 1e8 times as loud."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        h = net.a(x)
+        return net.o(torch.cat([h[:, :2] * 1e8, neighbours(h[:, 2:])], 1))
+
+    model = Net(forward, a=nn.Linear(6, 5), o=nn.Linear(5, 3))
+    with pytest.raises(RuntimeError, match="mixed"):
+        curvature(model, CE, data(64), ComponentGrad(), method="coupled")
+
+
 def test_coupling_that_the_loss_does_not_see_is_none():
     """A second head, mixed over the batch, whose output does not reach the loss."""
     with float64(0), warnings.catch_warnings():
