@@ -2,8 +2,8 @@
 
 The pull-back with constant statistics is block-diagonal over samples if and only if scaling sample n's cotangent by f_n
 scales all gradients of sample n by f_n and does nothing else. That is checked at every recorded layer, entry by entry,
-for all pairs of samples: coupling of n' with n leaves (f_n' / f_n - 1) J_nn' u_n' behind in row n. The f_n are powers of
-two, by which rounding commutes: without coupling nothing at all is left, also where a gradient cancels down to
+for all pairs of samples: coupling of n' with n leaves (f_n' / f_n - 1) J_nn' u_n' behind in row n. The f_n are powers
+of two, by which rounding commutes: without coupling nothing at all is left, also where a gradient cancels down to
 rounding. They are 2^digit / loudness: two samples differ in at least one base-32 digit of their indices, one pass per
 digit; and the loudness, sample n's largest gradient, makes what a quiet sample leaves in a loud one's row as large as
 it is beside its own. The cotangents u are the loss' own columns, mixed: what they do not reach plays no part.
