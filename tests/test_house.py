@@ -16,7 +16,7 @@ FLOORS = [
      "shares"},
     {"marks", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
-     "certificate", "agreement", "assurance", "engine"},
+     "certificate", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
     {"batch", "checks", "untouched"},

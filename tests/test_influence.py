@@ -12,7 +12,7 @@ from test_exact import assert_close
 from torch import Tensor, nn
 
 import bncurv
-from bncurv import ComponentGrad, InfluenceGrad, InfluenceProjection, curvature, extend, influence
+from bncurv import ComponentGrad, InfluenceGrad, InfluenceProjection, curvature, extend, weighting
 
 
 def weighted_batch_norm(bn: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def problem(name: str, samples: int, loss_fn: Any) -> tuple[nn.Module, Any, Tens
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NETS)
 def test_definition(name, way, reduction, loss, samples, monkeypatch):
-    monkeypatch.setattr(influence, "WORTHWHILE", WAYS[way] if WAYS[way] else 1e-9)
+    monkeypatch.setattr(weighting, "WORTHWHILE", WAYS[way] if WAYS[way] else 1e-9)
     with float64(0):
         one = problem(name, samples, loss(reduction=reduction))
         res = curvature(*one[:2], one[2:], InfluenceGrad())
@@ -107,7 +107,7 @@ def test_definition(name, way, reduction, loss, samples, monkeypatch):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sums_to_the_gradient_and_is_no_component(way, monkeypatch):
-    monkeypatch.setattr(influence, "WORTHWHILE", WAYS[way] or 1e-9)
+    monkeypatch.setattr(weighting, "WORTHWHILE", WAYS[way] or 1e-9)
     with float64(0):
         model, loss_fn, X, y = problem("mlp", 12, nn.CrossEntropyLoss())
         res = curvature(model, loss_fn, (X, y), InfluenceGrad(), ComponentGrad())
@@ -223,9 +223,9 @@ def test_float32():
 
 def test_wrong_cut_is_not_handed_out(monkeypatch):
     """The rows are held against a double pass; where they differ, the samples go one by one."""
-    own = influence._less_weighting
-    monkeypatch.setattr(influence, "WORTHWHILE", 1e-9)
-    monkeypatch.setattr(influence, "_less_weighting", lambda a, d, n: own(a, 1.001 * d, n))
+    own = weighting._less_weighting
+    monkeypatch.setattr(weighting, "WORTHWHILE", 1e-9)
+    monkeypatch.setattr(weighting, "_less_weighting", lambda a, d, n: own(a, 1.001 * d, n))
     with float64(0):
         one = problem("mlp", 9, nn.CrossEntropyLoss())
         assert_close(curvature(*one[:2], one[2:], InfluenceGrad()).grad_influence, brute_force(*one))
