@@ -25,7 +25,6 @@ IDS = [
 TO_COME = {
     "covariate_shift",
     "edge_of_stability",
-    "explosion",
     "halfspace_gdnp",
     "karakida",
     "laplace",

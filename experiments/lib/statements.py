@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,11 @@ def untestable(id: str, why: str) -> Row:
     return Row(id, why, "not testable here")
 
 
+def listed(numbers: Iterable[float], spec: str = ".3g") -> str:
+    """Numbers in one line, for the measured figures of a row."""
+    return ", ".join(f"{number:{spec}}" for number in numbers)
+
+
 def statements_of(script: str) -> list[str]:
     """The ids that a script shows, in the catalogue's order."""
     return [s.id for s in CATALOGUE.values() if s.script == script]
@@ -97,6 +103,7 @@ __all__ = [
     "Statement",
     "check",
     "documented_rows",
+    "listed",
     "refute",
     "scripts",
     "statements_of",
