@@ -79,7 +79,7 @@ def linear_row(run: Run, width: int, seeds: list[int]) -> Row:
     """W20."""
     found: dict[int, float] = {}
     for B in (8, 16, 32):
-        each = [norms(run, seed, lambda: stack(16, width, act=nn.Identity), B, batches=4) for seed in seeds]
+        each = [norms(run, seed, lambda: stack(16, width, act=nn.Identity), B, batches=3) for seed in seeds]
         found[B] = geometric_mean(growth(n) for network in each for n in network) ** 2
         run.tick(2 * len(seeds))
     said = ", ".join(f"B = {B}: {value:.4f} (theory {linear_rate(B):.4f})" for B, value in found.items())
@@ -213,7 +213,7 @@ def picture(
 
 def experiment(run: Run) -> Iterator[Row]:
     """All rows."""
-    seeds, wide = run.seeds(4, 3), run.seeds(3, 2)
+    seeds, wide = run.seeds(4, 3), run.seeds(4, 2)
     run.expect(3.5 * len(seeds) + 7.5 * len(wide) + 12)
     shallow, rows = growth_rows(run, seeds)
     found = list(rows)

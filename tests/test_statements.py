@@ -26,7 +26,6 @@ TO_COME = {
     "covariate_shift",
     "edge_of_stability",
     "halfspace_gdnp",
-    "karakida",
     "laplace",
     "mc_diag",
     "mode_matters",

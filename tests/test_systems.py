@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from lib import explosion, systems, transform
-from torch import nn
+from lib import explosion, fisher, systems, transform
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -55,3 +55,19 @@ def test_jacobian_values_of_one_batchnorm():
     bn, y = nn.BatchNorm1d(1, eps=0.1), torch.randn(9, 1)
     values = torch.linalg.svdvals(transform.jacobian(y[:, 0], 1.0, 0.1))
     torch.testing.assert_close(explosion.jacobian_values(bn, y), values, rtol=1e-10, atol=1e-14)
+
+
+# --- Fisher matrix of wide networks ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [{}, {"hidden": True}, {"last": "bn"}, {"last": "mean"}, {"act": nn.Tanh}])
+def test_largest_eigenvalue_of_the_fisher_matrix(case: dict):
+    net, X = fisher.wide(6, 3, **case), torch.randn(5, 6)
+    parameters = dict(net.named_parameters())
+
+    def outputs(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(parameters, values, strict=True)), X)
+
+    J = torch.autograd.functional.jacobian(outputs, tuple(parameters.values()))
+    rows = torch.cat([j.flatten(2) for j in J], 2).flatten(0, 1)
+    assert fisher.largest(net, X, 3) == pytest.approx(float(torch.linalg.svdvals(rows)[0] ** 2 / 5), rel=1e-10)
