@@ -24,14 +24,11 @@ IDS = [
 # Scripts of the catalogue that are not written yet.
 TO_COME = {
     "covariate_shift",
-    "edge_of_stability",
     "halfspace_gdnp",
     "laplace",
-    "mc_diag",
     "mode_matters",
     "ols_bn",
     "per_sample",
-    "quadratic_model",
     "real_data",
     "smoothness",
 }

@@ -71,11 +71,18 @@ def save(figure: Figure, path: Path, caption: str = "") -> Path:
     return path
 
 
-def reference_line(ax: Axes, text: str, *, y: float | None = None, x: float | None = None) -> None:
+def reference_line(ax: Axes, text: str, *, y: float | None = None, x: float | None = None, below: bool = False) -> None:
     """A dashed line at a predicted value, named where it ends."""
     if y is not None:
         ax.axhline(y, color=BLACK, linestyle="--", linewidth=1)
-        ax.annotate(text, (1, y), (-4, 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
+        ax.annotate(
+            text,
+            (1, y),
+            (-4, -14 if below else 4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+        )
     if x is not None:
         ax.axvline(x, color=BLACK, linestyle="--", linewidth=1)
         ax.annotate(text, (x, 1), (4, -12), xycoords=("data", "axes fraction"), textcoords="offset points")
