@@ -24,10 +24,8 @@ IDS = [
 # Scripts of the catalogue that are not written yet.
 TO_COME = {
     "covariate_shift",
-    "halfspace_gdnp",
     "laplace",
     "mode_matters",
-    "ols_bn",
     "per_sample",
     "real_data",
     "smoothness",

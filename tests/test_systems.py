@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lib import explosion, fisher, systems, transform
+from lib import decoupling, explosion, fisher, halfspaces, systems, transform
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -71,3 +71,124 @@ def test_largest_eigenvalue_of_the_fisher_matrix(case: dict):
     J = torch.autograd.functional.jacobian(outputs, tuple(parameters.values()))
     rows = torch.cat([j.flatten(2) for j in J], 2).flatten(0, 1)
     assert fisher.largest(net, X, 3) == pytest.approx(float(torch.linalg.svdvals(rows)[0] ** 2 / 5), rel=1e-10)
+
+
+# --- least squares, Rayleigh quotient -------------------------------------------------------------
+
+
+def squares(d: int = 5) -> decoupling.LeastSquares:
+    """A random problem of condition 9."""
+    return decoupling.LeastSquares(decoupling.spd(torch.linspace(1, 9, d)), torch.randn(d))
+
+
+def test_least_squares_identities():
+    problem, w = squares(), torch.randn(5, requires_grad=True)
+    S, u = problem.S, problem.u
+    rho = problem.rho(w)
+    assert problem.ends == pytest.approx((1, 9))
+    gradient = problem.gradient(w.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(rho, w)[0])
+    torch.testing.assert_close(problem.gap(w), rho + u @ torch.linalg.solve(S, u))
+    dual = (w @ S @ w) * (gradient @ torch.linalg.solve(S, gradient)) / (4 * rho.abs())
+    torch.testing.assert_close(dual, problem.gap(w), rtol=1e-10, atol=0)
+    gamma = -(u @ w) / (w @ S @ w).sqrt()  # the best length
+    v = gamma * w / (w @ S @ w).sqrt()
+    torch.testing.assert_close(rho, 2 * u @ v + v @ S @ v)
+
+
+def test_least_squares_steps():
+    problem, w = squares(), torch.randn(5)
+    expected = w - (w @ problem.S @ w) / (2 * 9 * problem.rho(w).abs()) * problem.gradient(w)
+    torch.testing.assert_close(problem.step(w), expected)
+    torch.testing.assert_close(problem.plain_step(problem.optimum), problem.optimum)
+    assert problem.plain_gap(problem.plain_step(w)) < problem.plain_gap(w)
+
+
+def test_covariance_and_what_batchnorm_leaves_of_it():
+    H, w = decoupling.spd(torch.tensor([1.0, 2.0, 5.0])), torch.randn(3)
+    X = decoupling.with_covariance(H, 7)
+    torch.testing.assert_close(X.T @ X / 7, H)
+    torch.testing.assert_close(X.mean(0), torch.zeros(3), rtol=0, atol=1e-12)
+    reduced = decoupling.reduced(H, w)
+    torch.testing.assert_close(reduced @ w, torch.zeros(3), rtol=0, atol=1e-12)
+    values = torch.linalg.eigvalsh(reduced)
+    assert values[1] >= 1 - 1e-12 and values[2] <= 5 + 1e-12  # interlacing
+
+
+def test_rayleigh_step_is_the_best_of_its_plane():
+    A, B, w = decoupling.spd(torch.rand(4) + 1), decoupling.spd(torch.rand(4)), torch.randn(4)
+
+    def quotient(v: Tensor) -> Tensor:
+        return (v @ B @ v) / (v @ A @ v)
+
+    after = decoupling.rayleigh_step(B, A, w)
+    g = B @ w - quotient(w) * A @ w
+    tried = max(float(quotient(w + t * g)) for t in torch.linspace(-50, 50, 2001))
+    assert tried <= float(quotient(after)) + 1e-12 and tried == pytest.approx(float(quotient(after)), rel=1e-3)
+    fixed = torch.linalg.eigh(B).eigenvectors[:, -1]
+    assert decoupling.rayleigh_step(B, torch.eye(4), fixed).equal(fixed)
+
+
+def test_bn_descent_is_gradient_descent():
+    H, target, start = torch.diag(torch.tensor([1.0, 4.0])), torch.randn(2), torch.randn(2)
+    X = decoupling.with_covariance(H, 9)
+    w = start.clone().requires_grad_()
+    y, normal = X @ target, X @ w / (X @ w).std(correction=0)
+    loss = (y - (y @ normal.detach() / 9) * normal).square().mean() / 2
+    end, J = decoupling.bn_descent(H, target, start[None], torch.tensor([0.3]), 1)
+    assert float(J[0]) == pytest.approx(loss.item()) and len(J) == 2
+    torch.testing.assert_close(end[0], start - 0.3 * torch.autograd.grad(loss, w)[0])
+    H, target = torch.tensor([[2.0]]), torch.tensor([1.0])
+    assert decoupling.plain_change(H, torch.tensor([3.0]), target, 0.25, 3) == pytest.approx(0.125)
+
+
+# --- halfspaces -----------------------------------------------------------------------------------
+
+
+def halfspace(d: int = 4) -> halfspaces.Halfspace:
+    """Condition 3, uᵀ S⁻¹ u = 1/2."""
+    S, u = decoupling.spd(torch.linspace(1, 3, d)), torch.randn(d)
+    return halfspaces.Halfspace(u * (0.5 / (u @ torch.linalg.solve(S, u))).sqrt(), S)
+
+
+def test_halfspace_gradients():
+    data, w = halfspace(), torch.randn(4, requires_grad=True)
+    torch.testing.assert_close(data.gradient(w), torch.autograd.grad(data.loss(w), w)[0], rtol=1e-8, atol=1e-10)
+    gamma = torch.tensor(-1.3, requires_grad=True)
+    by_w, by_gamma = torch.autograd.grad(data.loss(data.at(w, gamma)), (w, gamma))
+    torch.testing.assert_close(data.slope(w, gamma), by_gamma, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(data.direction_gradient(w, gamma), by_w, rtol=1e-8, atol=1e-10)
+
+
+def test_halfspace_samples_have_the_moments():
+    data = halfspace()
+    z = data.samples(200_000)
+    torch.testing.assert_close(z.mean(0), data.u, rtol=0, atol=0.02)
+    torch.testing.assert_close(z.T @ z / len(z), data.S, rtol=0, atol=0.06)
+    with pytest.raises(ValueError, match="second moment"):
+        halfspaces.Halfspace(2 * data.u, data.S)
+
+
+def test_bisection_and_gdnp():
+    data, w = halfspace(), torch.randn(4)
+    gamma = halfspaces.bisection(data, w, 40, (-16.0, 16.0))
+    assert abs(float(data.slope(w, gamma))) < 1e-9
+    directions, lengths = halfspaces.gdnp(data, w, 1)
+    squares = decoupling.LeastSquares(data.S, data.u)
+    torch.testing.assert_close(directions[1], squares.step(w))  # the step is that of least squares
+    assert len(lengths) == 2 and abs(float(data.slope(directions[1], lengths[1]))) < 1e-9
+
+
+def test_one_hidden_layer():
+    data = halfspace()
+    layer = halfspaces.TanhLayer(data, torch.tensor([1.0, -0.5]))
+    W = 0.3 * torch.randn(4, 2)
+    free = W[:, 0].clone().requires_grad_()
+    exact = torch.autograd.grad(layer.loss(torch.stack([free, W[:, 1]], 1)), free)[0]
+    span = torch.cat([data.u[:, None], data.S @ W], 1)
+    assert float(halfspaces.outside(exact, span).norm()) < 1e-6  # the quadrature's own error
+    sampled = layer.sampled_gradients(W, data.samples(100_000))
+    assert bool(((sampled.mean(0) - exact).abs() < 5 * sampled.std(0) / 100_000**0.5).all())
+    torch.testing.assert_close(
+        halfspaces.outside(torch.tensor([1.0, 2.0]), torch.tensor([[2.0], [0.0]])), torch.tensor([0.0, 2.0])
+    )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+@lru_cache
 def gauss_hermite(nodes: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights ``[nodes]`` of expectations over a standard normal."""
     x, weights = np.polynomial.hermite_e.hermegauss(nodes)
@@ -69,8 +71,8 @@ class Halfspace:
         return gamma * w / self.length(w)
 
     def slope(self, w: Tensor, gamma: Tensor | float) -> Tensor:
-        """∂f/∂γ at (w, γ)."""
-        return self.gradient(self.at(w, gamma)) @ w / self.length(w)
+        """∂f/∂γ at (w, γ): E φ'(γ t) t with t = zᵀ w/‖w‖_S, which grows with γ, in the quadrature too."""
+        return self.expectation(lambda t: torch.sigmoid(gamma * t) * t, w / self.length(w))
 
     def direction_gradient(self, w: Tensor, gamma: Tensor | float) -> Tensor:
         """∇_w f(γ w/‖w‖_S): orthogonal to w."""
@@ -91,7 +93,7 @@ def bisection(problem: Halfspace, w: Tensor, steps: int, ends: tuple[float, floa
 
 
 def gdnp(
-    problem: Halfspace, w: Tensor, steps: int, bisections: int = 60, ends: tuple[float, float] = (-40.0, 40.0)
+    problem: Halfspace, w: Tensor, steps: int, bisections: int = 45, ends: tuple[float, float] = (-16.0, 16.0)
 ) -> tuple[list[Tensor], list[float]]:
     """Gradient descent in normalised parametrisation: a step in the direction, then γ by bisection.
 
@@ -125,7 +127,7 @@ class TanhLayer:
 
     data: Halfspace
     theta: Tensor
-    nodes: int = 16
+    nodes: int = 24
 
     def loss(self, W: Tensor) -> Tensor:
         """By quadrature over the m-dimensional Gaussian Wᵀ z."""
