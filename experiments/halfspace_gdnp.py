@@ -129,8 +129,9 @@ def layer_row(run: Run, data: Halfspace, count: int) -> Row:
     cosine = _cosine(optimum, line)
     beside = float(outside(optimum, torch.cat([line[:, None], W[:, 1:]], 1)).norm() / optimum.norm())
     run.tick()
-    said = f"outside span{{u, S w_j}}: {residual:.1e} of {float(gradient.norm()) / count:.1f} (standard error {error:.1e}); "
-    said += f"one unit's optimum, others fixed: |cos| to S⁻¹u {cosine:.3f}, outside span{{S⁻¹u, w_j}} {beside:.0e}"
+    said = f"outside span{{u, S w_j}}: {residual:.1e} of {float(gradient.norm()) / count:.1f} (standard error "
+    said += f"{error:.1e}); one unit's optimum, others fixed: |cos| to S⁻¹u {cosine:.3f}, outside "
+    said += f"span{{S⁻¹u, w_j}} {beside:.0e}"
     holds = residual < 4 * error and cosine < 0.99 and beside < 1e-5
     return check("W31", holds, said, residual=residual, error=error, cosine=cosine, beside=beside)
 

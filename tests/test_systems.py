@@ -152,7 +152,7 @@ def halfspace(d: int = 4) -> halfspaces.Halfspace:
 
 
 def test_halfspace_gradients():
-    data, w = halfspace(), torch.randn(4, requires_grad=True)
+    data, w = halfspace(), (0.3 * torch.randn(4)).requires_grad_()
     torch.testing.assert_close(data.gradient(w), torch.autograd.grad(data.loss(w), w)[0], rtol=1e-8, atol=1e-10)
     gamma = torch.tensor(-1.3, requires_grad=True)
     by_w, by_gamma = torch.autograd.grad(data.loss(data.at(w, gamma)), (w, gamma))
