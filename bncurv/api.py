@@ -16,6 +16,7 @@ from bncurv.checks import batches, check_input, check_options, check_output, che
 from bncurv.graph import trace
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss, name_of
+from bncurv.lowrank.recorded import readable
 from bncurv.marks import plain_tensor
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
@@ -131,7 +132,7 @@ def curvature(
                 output = _forward(model, X, y, wanted, largest)
             loss = LossAtBatch(loss_fn, output, y.to(output.device), hooked=True, empty_ok=True, parameters=wanted)
             traced = trace(output, wanted.values())
-            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=_readable(model, X))
+            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=readable(model, X))
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
             merged.add(parts, weights.of(loss), engine.error)
             passes, way, largest = passes + engine.passes, engine.way, max(largest, len(y))
@@ -139,13 +140,6 @@ def curvature(
         fields = merged.fields()
     generator_of_call(quantities, torch.device("cpu"))  # moves the global random state on
     return Results(fields, way, passes, merged.batches, merged.error)
-
-
-def _readable(model: nn.Module, X: Any) -> dict[str, Tensor]:
-    """What a graph of the model may read, by what a message calls it."""
-    named: dict[str, Tensor] = {f"parameter '{name}'": p for name, p in model.named_parameters()}
-    named |= {f"buffer '{name}'": b for name, b in model.named_buffers()}
-    return named | ({"the input": X} if isinstance(X, Tensor) else {})
 
 
 def _forward(model: nn.Module, X: Any, y: Tensor, wanted: Mapping[str, Tensor], largest: int) -> Tensor:

@@ -12,12 +12,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from bncurv.marks import RECOMPUTED, metadata
 from bncurv.precision import full_precision
 
 _ADVICE = "Compute the curvature again; or use LowRankGGN(matrix_free=False), which holds V and does not go stale."
+
+
+def readable(model: nn.Module, X: Any) -> dict[str, Tensor]:
+    """What a graph of ``model(X)`` may read, by what a message calls it."""
+    named: dict[str, Tensor] = {f"parameter '{name}'": p for name, p in model.named_parameters()}
+    named |= {f"buffer '{name}'": b for name, b in model.named_buffers()}
+    for name, module in model.named_modules():
+        held = {f"{name}.{key}".lstrip("."): value for key, value in vars(module).items()}
+        named |= {f"attribute '{path}'": t for path, t in held.items() if isinstance(t, Tensor)}
+    return named | dict(_parts("the input", X))
+
+
+def _parts(name: str, X: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an input, by where they are."""
+    if isinstance(X, Tensor):
+        yield name, X
+    elif isinstance(X, Mapping | list | tuple):
+        for key, value in X.items() if isinstance(X, Mapping) else enumerate(X):
+            yield from _parts(f"{name}[{key!r}]", value)
 
 
 class Recorded:
@@ -57,9 +77,9 @@ class Recorded:
                 )
         if self._reruns:
             raise RuntimeError(
-                "This MatrixFreeGGN has its eigenpairs and no more products: with torch.utils.checkpoint the network's "
-                "graph would run the model's code again, in the state and mode that it has by now. Turn checkpointing "
-                "off, or use LowRankGGN(matrix_free=False)."
+                "This MatrixFreeGGN has its eigenpairs and no more products: the network packs what its graph saves "
+                "(torch.utils.checkpoint, say), so that the graph would run the model's code again, in the state and "
+                "mode that it has by now. Turn that off, or use LowRankGGN(matrix_free=False)."
             )
         try:
             with _hooks_resting(self._parameters), full_precision(self._parameters[0]):
@@ -77,9 +97,9 @@ class Recorded:
 def _hooks_resting(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Hooks that users put on parameters do not act on our passes."""
     tables = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
-    for table, _ in tables:
-        table.clear()
     try:
+        for table, _ in tables:
+            table.clear()
         yield
     finally:
         for table, entries in tables:
@@ -100,20 +120,10 @@ def _read_by(outputs: Iterable[Tensor]) -> tuple[set[int], set[int], bool]:
         seen.add(node)
         stack.extend(below for below, _ in node.next_functions)
         leaves.add(id(getattr(node, "variable", None)))
-        reruns = reruns or _recomputed(node)
-        if not reruns:  # to look at what is saved would run it
+        reruns = reruns or RECOMPUTED in metadata(node)
+        if not reruns:  # to look at what is saved would make it
             saved.update(_storage(t) for t in _saved(node))
     return leaves, saved - {0}, reruns
-
-
-def _recomputed(node: Node) -> bool:
-    """Whether a checkpoint makes what this node saved."""
-    for name in dir(node):
-        raw = getattr(node, name) if name.startswith("_raw_saved_") else ()
-        for one in raw if isinstance(raw, tuple | list) else (raw,):
-            if getattr(getattr(one, "unpack_hook", None), "__module__", None) == "torch.utils.checkpoint":
-                return True
-    return False
 
 
 def _saved(node: Node) -> Iterator[Tensor]:
