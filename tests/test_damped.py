@@ -64,7 +64,7 @@ def test_right_sides_outside_the_range_and_mixed(dtype, shape, smallest, damping
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
-@pytest.mark.parametrize("smallest", [0.1, 1e-3, 1e-7])
+@pytest.mark.parametrize("smallest", [0.1, 1e-2, 1e-7])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gradient_is_in_the_range(dtype, shape, smallest, damping):
@@ -76,7 +76,7 @@ def test_the_gradient_is_in_the_range(dtype, shape, smallest, damping):
     lost = 4e-6 if dtype == torch.float32 else 0.0  # singular values below 8 ulp are taken for rounding
     bound = 10 * ulp * (1 + (smallest**2 + damping) ** -0.5) + lost / damping**0.5
     assert error(-flat(ggn, ggn.newton_step(damping)), want) <= bound
-    inside = 40 * ulp * (1 + 1 / (max(smallest, lost) ** 2 + damping)) + lost / damping**0.5
+    inside = 10 * ulp * (1 + 1 / (max(smallest, lost) ** 2 + damping)) + lost / damping**0.5
     assert error(ggn.solve(ggn.gradient[:, None], damping), want) <= inside
 
 
@@ -144,6 +144,25 @@ def test_a_damping_below_what_float64_resolves_is_refused():
     for call in (lambda: ggn.solve(torch.randn(11, dtype=torch.float64), 1e-25), lambda: ggn.newton_step(1e-25)):
         with pytest.raises(RuntimeError, match="the damping is too small for float64.*largest eigenvalue is 1.*e"):
             call()
+
+
+def test_far_below_the_largest_eigenvalue():
+    """Refinement goes on as long as it must."""
+    V = rows((5, 11), 1e-3, torch.float64)
+    ggn, v = LowRank({"a": V}, torch.ones(5), samples=torch.arange(5)), torch.randn(11, 1, dtype=torch.float64)
+    assert error(ggn.solve(v, 1e-13), exact(V, matrix(v), 1e-13)) <= 1e-10
+
+
+def test_rows_that_combine_to_zero():
+    """Their weights are told apart from the gradient's as long as float64 can."""
+    V = rows((5, 11), 0.1, torch.float64)
+    V[4] = V[2] + V[3]
+    w = torch.tensor([1.0, 0, 1, 1, -1], dtype=torch.float64)
+    ggn = LowRank({"a": V}, w, samples=torch.arange(5))
+    want = exact(V, matrix(V).T * matrix(w), 1e-9)
+    assert error(-flat(ggn, ggn.newton_step(1e-9)), want) <= 1e-6
+    with pytest.raises(RuntimeError, match="the damping is too small for float64"):
+        ggn.newton_step(1e-15)
 
 
 def test_several_right_sides_of_different_kinds():

@@ -9,6 +9,7 @@ from torch import nn
 
 from bncurv import GGN, LowRankGGN, MatrixFreeGGN, curvature
 from bncurv.lowrank import LowRank, rows
+from bncurv.lowrank.matrix import RowMatrix, orthonormal
 
 NETS = {"wide": 8, "tall": 40}  # samples: K ≤ D and K > D
 
@@ -47,6 +48,7 @@ def test_lanczos_on_the_rows(samples, monkeypatch):
     for damping in (0.1, lambda values: values + 1):
         step, want = top.newton_step(damping, 2), full.newton_step(damping, 2)
         assert torch.allclose(top.flatten(step), full.flatten(want), rtol=1e-6, atol=1e-9)
+    assert "_fine" not in vars(top)  # the small matrix is not decomposed
     assert top.flatten(top.newton_step(0.1)).equal(full.flatten(full.newton_step(0.1)))  # the whole space
 
 
@@ -94,6 +96,31 @@ DAMPINGS = {
     "callable": lambda values: 0.1 + values**2,
     "constant": lambda values: torch.full_like(values, 0.1),
 }
+
+
+@pytest.mark.parametrize("mixing", [0.01, 1.0])
+def test_orthonormal_is_gram_schmidt(mixing):
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(9, 4).double())[0]
+    R = torch.eye(4).double() + mixing * torch.randn(4, 4).double().triu(1)
+    assert torch.allclose(orthonormal(Q @ R), Q, atol=1e-12)
+    assert orthonormal(Q[:, :0]).shape == (9, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5)], ids=NETS)
+def test_products_in_blocks(shape, dtype, monkeypatch):
+    """Rows are converted to float64 block by block."""
+    monkeypatch.setattr("bncurv.lowrank.matrix.ROW_BYTES", 3 * 8 * 4)
+    torch.manual_seed(0)
+    V = torch.randn(shape, dtype=dtype)
+    matrix, wide = RowMatrix({"a": V[:, :3].view(-1, 3, 1), "b": V[:, 3], "c": V[:, 4:]}), V.double()
+    v, u = (torch.randn(n, 2, dtype=torch.float64) for n in (shape[1], shape[0]))
+    small = wide @ wide.T if shape == (5, 12) else wide.T @ wide
+    assert torch.allclose(matrix.up(v), wide @ v) and torch.allclose(matrix.down(u), wide.T @ u)
+    assert torch.allclose(matrix.gram(torch.float64), small)
+    assert torch.allclose(matrix.gram(dtype), small.to(dtype), rtol=1e-5, atol=1e-5)
+    assert matrix.up(v.to(dtype)).dtype == matrix.down(u[:, 0].to(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)

@@ -93,11 +93,6 @@ class Damped(ABC):
             lambda r: self._roughly(r, damping), v, lambda x: v - self._down(self._up(x)) - damping * x
         )
 
-    def weights(self, v: Tensor) -> Tensor:
-        """Least squares: the smallest w ``[K, m]`` with Vᵀ w next to v."""
-        w = self._next_to(v)
-        return w + self._next_to(v - self._down(w))
-
     def _refined(self, roughly: Map, b: Tensor, residual: Map) -> Tensor:
         """Solution by an approximate inverse and residuals, as far as V's dtype goes.
 

@@ -163,13 +163,10 @@ class LowRank(GGN):
         return self._damped.from_weights(self._weights.double()[:, None], damping)[:, 0].to(self.dtype)
 
     def _newton_along(self, keep: Tensor, damping: Callable[[Tensor], Tensor]) -> Tensor:
-        if self._iterative:
+        if self._iterative or self._weights is None:
             return self._along_vectors(keep, damping)
-        w = self._weights
-        if w is None:
-            w = self._damped.weights(self.gradient.double()[:, None])[:, 0]
         delta = damping(self._damped.values[keep].to(self.dtype))
-        return self._damped.along(w.double(), keep, delta.double()).to(self.dtype)
+        return self._damped.along(self._weights.double(), keep, delta.double()).to(self.dtype)
 
 
 def _descending(small: Tensor) -> tuple[Tensor, Tensor]:
