@@ -26,7 +26,6 @@ TO_COME = {
     "covariate_shift",
     "laplace",
     "mode_matters",
-    "per_sample",
     "real_data",
     "smoothness",
 }
