@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -91,9 +92,12 @@ class Merged:
 
         Args:
             parts: its parts by field.
-            weight: of a loss that averages, what it divided by there (`Weights`); ``None`` of one that sums.
+            weight: of a loss that averages, what it divided by there (`Weights`); ``None`` of one that sums. Infinity:
+                all earlier ones weigh nothing beside this one, which is the unit from now on.
             errors: the Frobenius norm of what was dropped from V, by parameter name.
         """
+        if weight == math.inf:
+            self._held, weight = [held._replace(weight=0.0) for held in self._held], 1.0
         squares = {name: error**2 for name, error in (errors or {}).items()}
         self._held.append(_Part(1, weight, parts, squares))
         while len(self._held) > 1 and self._held[-2].batches <= self._held[-1].batches:

@@ -129,6 +129,15 @@ class LossAtBatch:
         with torch.no_grad():
             return (self._finite("gradient", self._rule.gradient(*self._at)) * self._scale).to(self._dtype)
 
+    def in_float64(self) -> LossAtBatch:
+        """The same in float64.
+
+        Raises:
+            RuntimeError: of PyTorch's, for a loss with other tensors inside.
+        """
+        precise, output, target = self._at
+        return LossAtBatch(precise, output, target, self._scale, hooked=self._hooked, parameters=self._parameters)
+
     # ---------------------------------------------------------------- factor
     @functools.cached_property
     def _rule(self) -> Loss:
@@ -146,7 +155,7 @@ class LossAtBatch:
     def _at(self) -> tuple[Any, Tensor, Tensor]:
         """The arguments of the table's formulas: loss, output and target, in float64 (int64 for whole numbers)."""
         wide = self.target.double() if self.target.is_floating_point() else self.target.long()
-        return _in_float64(self._loss_fn), self.output.double(), wide
+        return _twin(self._loss_fn, wide=True), self.output.double(), wide
 
     @functools.cached_property
     def _factor(self) -> Factor:
@@ -260,31 +269,37 @@ def user_hooks(loss_fn: Any) -> list[Callable]:
     """Forward hooks and pre-hooks that act when a module is called, but for BackPACK's and ours."""
     if not isinstance(loss_fn, nn.Module):
         return []
-    tables = [loss_fn._forward_pre_hooks, loss_fn._forward_hooks]
+    tables: list[Mapping[int, Callable]] = [loss_fn._forward_pre_hooks, loss_fn._forward_hooks]
     tables += [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
-    hooks = [hook for table in tables for hook in table.values()]
-    return [h for h in hooks if (getattr(h, "__module__", None) or "").split(".")[0] not in ("bncurv", "backpack")]
+    return [hook for table in tables for hook in _of_users(table).values()]
+
+
+def _of_users(hooks: Mapping[int, Callable]) -> dict[int, Callable]:
+    ours = ("bncurv", "backpack")
+    return {k: h for k, h in hooks.items() if (getattr(h, "__module__", None) or "").split(".")[0] not in ours}
 
 
 def _call(loss_fn: Any, hooked: bool) -> Callable:
-    """The loss with its forward hooks, or without."""
-    return loss_fn.forward if isinstance(loss_fn, nn.Module) and not hooked else loss_fn
+    """The loss with its forward hooks; or without, and without a trace on the module."""
+    return loss_fn if hooked or not isinstance(loss_fn, nn.Module) else _twin(loss_fn).forward
 
 
-def _in_float64(loss_fn: Any) -> Any:
-    """A copy of a loss module whose floating-point tensors are float64; it shares the hooks."""
+def _twin(loss_fn: Any, wide: bool = False) -> Any:
+    """A copy of a loss module with tensors of its own, floating-point ones in float64 if wide, and the users' hooks."""
     if not isinstance(loss_fn, nn.Module):
         return loss_fn
+
+    def copied(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: t.detach().to(torch.float64 if wide and t.is_floating_point() else t.dtype, copy=True)
+            if isinstance(t, Tensor)
+            else t
+            for name, t in entries.items()
+        }
+
     twin = copy.copy(loss_fn)
-    twin.__dict__.update(_wide(vars(loss_fn)))
-    for table in ("_buffers", "_parameters"):
-        twin.__dict__[table] = _wide(getattr(loss_fn, table))
-    twin.__dict__["_modules"] = {name: _in_float64(child) for name, child in loss_fn._modules.items()}
+    twin.__dict__ |= copied(vars(loss_fn))
+    twin.__dict__ |= {table: copied(getattr(loss_fn, table)) for table in ("_buffers", "_parameters")}
+    twin.__dict__ |= {table: _of_users(getattr(loss_fn, table)) for table in ("_forward_hooks", "_forward_pre_hooks")}
+    twin.__dict__["_modules"] = {name: _twin(child, wide) for name, child in loss_fn._modules.items()}
     return twin
-
-
-def _wide(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t
-        for name, t in entries.items()
-    }

@@ -4,11 +4,13 @@ A loss that averages divides by something: samples, entries, the class weights o
 the union of two mini-batches is then (w₁ L₁ + w₂ L₂) / (w₁ + w₂); a loss that sums adds up. PyTorch's own losses know
 their w. Of any other it is read off the loss itself, evaluated at two mini-batches joined: there the first one's
 gradient is w₁/(w₁ + w₂) of what it was, the second one's w₂/(w₁ + w₂), and of a sum both are what they were. If neither
-holds, the loss is no mean and no sum over samples.
+holds, the loss is no mean and no sum over samples. A loss that divides by what counts, but at least by 1, gives zero
+for a mini-batch where nothing does: its weight is then zero.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -22,10 +24,10 @@ class Weights:
     """Weights of mini-batches, in the order in which they come."""
 
     def __init__(self) -> None:
-        self._first: LossAtBatch | None = None
+        self._unit: LossAtBatch | None = None
 
     def of(self, loss: LossAtBatch) -> float | None:
-        """The next mini-batch's weight; ``None`` of a loss that sums.
+        """The next mini-batch's weight; ``None`` of a loss that sums, infinity if all earlier ones weigh nothing.
 
         A single mini-batch may have any loss: it weighs 1, and nothing is asked of it before there is a second.
 
@@ -34,10 +36,16 @@ class Weights:
         """
         if loss.plain:
             return loss.divisor
-        if self._first is None:
-            self._first = loss
+        if self._unit is None:
+            self._unit = loss
             return 1.0
-        return _relative(self._first, loss)
+        pair = self._unit, loss
+        with contextlib.suppress(RuntimeError):  # of PyTorch's, where a loss has tensors of another dtype inside
+            pair = self._unit.in_float64(), loss.in_float64()
+        weight = _relative(*pair)
+        if weight == math.inf:
+            self._unit = loss
+        return weight
 
 
 def _relative(first: LossAtBatch, second: LossAtBatch) -> float | None:
@@ -51,30 +59,39 @@ def _relative(first: LossAtBatch, second: LossAtBatch) -> float | None:
         )
     for shift in (0, 1):  # where the gradient vanishes, at the outputs of the neighbours instead
         one, two = (loss.output.roll(shift, 0) for loss in (first, second))
-        g1, g2 = first.gradient_at(one, first.target), second.gradient_at(two, second.target)
-        if not (g1.any() or g2.any()):
-            continue
-        both = first.gradient_at(torch.cat([one, two]), torch.cat([first.target, second.target]))
-        own, at, target = (g1, one, first.target) if g1.norm() >= g2.norm() else (g2, two, second.target)
-        twice = first.gradient_at(torch.cat([at, at]), torch.cat([target, target]))
-        if _agree(twice, torch.cat([own, own])) and _agree(both, torch.cat([g1, g2])):
-            return None
-        if _agree(2 * twice, torch.cat([own, own])):
-            b1, b2 = both.split([len(g1), len(g2)])
-            s2 = _multiple(b2, g2, math.nan)
-            s1 = _multiple(b1, g1, 1 - s2)
-            s2 = 1 - s1 if math.isnan(s2) else s2
-            if s1 > 0 and s2 > -ulp(both.dtype) and _agree(both, torch.cat([g1 * s1, g2 * (1 - s1)])):
-                return max(s2 / s1, 0.0)
-        raise ValueError(
-            f"{first.name} is neither a mean nor a sum over samples of a function of that sample's output and target: "
-            "its gradient at two mini-batches joined is no multiple of theirs (it compares samples, or takes a "
-            "function of their mean?). Over several mini-batches there is no such loss; pass one at a time."
-        )
+        g1, g2 = first.gradient_at(one, first.target), first.gradient_at(two, second.target)
+        if g1.any() or g2.any():
+            return _ratio(first, (one, first.target, g1), (two, second.target, g2))
     raise ValueError(
         f"{first.name}: its gradient vanishes on mini-batches, so that what they weigh cannot be told. Pass one at a "
         "time, or use one of CrossEntropyLoss, MSELoss, BCEWithLogitsLoss."
     )
+
+
+Known = tuple[Tensor, Tensor, Tensor]  # output, target, gradient there
+
+
+def _ratio(loss: LossAtBatch, first: Known, second: Known) -> float | None:
+    """w₂ / w₁; ``None`` of a sum."""
+    (one, y1, g1), (two, y2, g2) = first, second
+    b1, b2 = loss.gradient_at(torch.cat([one, two]), torch.cat([y1, y2])).split([len(one), len(two)])
+    at, y, g = max(first, second, key=lambda known: float(known[2].norm()))
+    twice = loss.gradient_at(torch.cat([at, at]), torch.cat([y, y]))  # a mean and a sum differ here, whatever w is
+    if _agree([twice], [torch.cat([g, g])]) and _agree([b1, b2], [g1, g2]):
+        return None
+    s2 = _multiple(b2, g2, math.nan)
+    s1 = _multiple(b1, g1, 1 - s2)
+    s2 = 1 - s1 if math.isnan(s2) else s2
+    if not (_agree([2 * twice], [torch.cat([g, g])]) and _agree([b1, b2], [s1 * g1, (1 - s1) * g2])):
+        raise ValueError(
+            f"{loss.name} is neither a mean nor a sum over samples of a function of that sample's output and target: "
+            "its gradient at two mini-batches joined is no multiple of theirs (it compares samples, takes a function "
+            "of their mean, or draws random numbers?). Over several mini-batches there is no such loss; pass one at a "
+            "time."
+        )
+    if s1 <= 10 * ulp(g1.dtype):
+        return math.inf
+    return max(s2, 0.0) / s1
 
 
 def _multiple(actual: Tensor, of: Tensor, otherwise: float) -> float:
@@ -83,5 +100,10 @@ def _multiple(actual: Tensor, of: Tensor, otherwise: float) -> float:
     return float((actual.double() * of).sum()) / size if size else otherwise
 
 
-def _agree(actual: Tensor, expected: Tensor) -> bool:
-    return bool((actual - expected).norm() <= ulp(actual.dtype) ** 0.5 * expected.norm())
+def _agree(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    """Each with its own norm as the measure, down to the rounding of the largest."""
+    largest = max(float(e.norm()) for e in expected)
+    eps = ulp(actual[0].dtype)
+    return all(
+        bool((a - e).norm() <= eps**0.5 * e.norm() + 100 * eps * largest) for a, e in zip(actual, expected, strict=True)
+    )

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import bncurv
 from bncurv import ComponentGrad, DiagGGNExact, curvature, extend, reference, unextend
+from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import LOSSES, Loss
 
 N, C = 6, 3
@@ -261,6 +262,46 @@ def test_extended_loss_in_curvature() -> None:
         got = curvature(model, loss_fn, [(X, y), (X, y * 0)], DiagGGNExact()).diag_ggn_exact
     want = curvature(model, nn.CrossEntropyLoss(), [(X, y), (X, y * 0)], DiagGGNExact()).diag_ggn_exact
     assert all(torch.equal(got[n], t) for n, t in want.items())
+    assert LossAtBatch(loss_fn, model(X), y, hooked=True).plain
+
+
+class Columns(nn.Module):
+    """Σ_c w_c (F_c - y_c)², with w in a plain attribute, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.tensor([1.0, 2.0, 0.5])
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, o: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return ((o - y).square() @ self.w).mean()
+
+
+class OfColumns(Loss):
+    def check(self, loss: Any, output: Tensor, target: Tensor) -> None:
+        pass
+
+    def gradient(self, loss: Any, output: Tensor, target: Tensor) -> Tensor:
+        return 2 * (output - target) * loss.w / len(output)
+
+    def blocks(self, loss: Any, output: Tensor, target: Tensor) -> Tensor:
+        return (2 * loss.w / len(output)).sqrt().expand_as(output)[..., None, None]
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_a_registered_loss_is_compared_in_float64_without_a_trace(
+    hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a copy of the module with all of its tensors."""
+    monkeypatch.setitem(LOSSES, Columns, OfColumns())
+    loss_fn, (model, _, X, y) = Columns(), MODULES[0].build()
+    at_batch = LossAtBatch(loss_fn, model.float()(X.float()), y.float(), hooked=hooked)
+    want = reference.loss_hessian(lambda o, y: ((o - y).square() @ loss_fn.w.double()).mean(), at_batch.output, y)
+    S = at_batch.factor.columns(slice(None)).flatten(2).double()
+    got = torch.block_diag(*torch.einsum("cni,cnj->nij", S, S))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    assert loss_fn.calls == (1 if hooked else 0) and loss_fn.w.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -309,6 +350,28 @@ def test_terms_past_the_output_are_refused() -> None:
             curvature(model, loss_fn, (X, y), ComponentGrad())
     got = curvature(model, penalty, (X, y), ComponentGrad(), params=["3.bias"]).grad_component  # which it spares
     assert_close(got, reference.component_gradients(model, F.cross_entropy, X, y, ["3.bias"]))
+
+
+def test_a_loss_may_look_into_the_network() -> None:
+    """Below the parameters that are asked for."""
+    model, _, X, y = FUNCTIONS[0].build()
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    loss_fn: Callable = lambda o, y: F.cross_entropy(o, y) + seen[-1].square().mean()  # noqa: E731
+    got = curvature(model, loss_fn, (X, y), ComponentGrad(), params=["3.bias"]).grad_component
+    assert_close(got, reference.component_gradients(FUNCTIONS[0].model(), F.cross_entropy, X, y, ["3.bias"]))
+    with pytest.raises(ValueError, match="depends on the parameter '0.weight' past the model's output"):
+        curvature(model, loss_fn, (X, y), ComponentGrad())
+
+
+def test_a_refused_penalty_keeps_its_graph() -> None:
+    """It is the user's, who may have built it before."""
+    model, _, X, y = FUNCTIONS[0].build()
+    penalty = model[0].weight.square().sum()
+    with pytest.raises(ValueError, match="past the model's output"):
+        curvature(model, lambda o, y: F.cross_entropy(o, y) + penalty, (X, y), ComponentGrad())
+    penalty.backward()
+    torch.testing.assert_close(model[0].weight.grad, 2 * model[0].weight.detach())
 
 
 def test_parameters_of_the_loss_are_constants() -> None:

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, case, float64, mlp, regression
+from state import unchanged
 from test_exact import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncurv
 from bncurv import curvature, reference
+from bncurv.batch import Merged
+from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import LOSSES, Loss
 from bncurv.quantities import Quantity
+from bncurv.shares import Weights
 
 SIZES = (5, 4, 2)
 N, C = sum(SIZES), 3
@@ -207,17 +211,53 @@ def test_union_of_other_losses(one: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("quiet", [0, 1])
-def test_union_where_a_gradient_vanishes(quiet: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sizes", [SIZES, (1, 8, 2)], ids=str)
+@pytest.mark.parametrize("quiet", [[0], [1], [0, 1]], ids=str)
+def test_union_where_a_gradient_vanishes(quiet: list[int], sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     """A hinge that is satisfied all over a mini-batch still counts its samples."""
     X, y = torch.randn(N, 4).to(dtype), torch.randint(C, (N,))
     model = net().to(dtype)
-    y.split(SIZES)[quiet][:] = model(X).argmax(1).split(SIZES)[quiet]
+    for i in quiet:
+        y.split(sizes)[i][:] = model(X).argmax(1).split(sizes)[i]
     loss_fn = nn.MultiMarginLoss(margin=1e-6)
-    batches = list(zip(X.split(SIZES), y.split(SIZES), strict=True))
+    batches = list(zip(X.split(sizes), y.split(sizes), strict=True))
     want, got = (curvature(model, loss_fn, d, bncurv.ComponentGrad()).grad_component for d in ((X, y), batches))
     assert all(torch.allclose(got[n], t, rtol=1e-5, atol=1e-7) for n, t in want.items())
-    assert not want["3.bias"].split(SIZES)[quiet].any() and want["3.bias"].any()
+    assert not any(want["3.bias"].split(sizes)[i].any() for i in quiet) and want["3.bias"].any()
+
+
+@pytest.mark.parametrize("empty", [[0], [1], [2], [0, 2], [1, 2]], ids=str)
+def test_masked_means_that_divide_by_one_at_least(empty: list[int]) -> None:
+    """A mini-batch without anything that counts weighs nothing, also if it is the first."""
+
+    def masked(o: Tensor, y: Tensor) -> Tensor:
+        return ((o - 1).square().sum(1) * y).sum() / y.sum().clamp(min=1)
+
+    def data() -> tuple[Tensor, Tensor]:
+        X, y = torch.randn(N, 4), torch.randint(1, 4, (N,))
+        for i in empty:
+            y.split(SIZES)[i][:] = 0
+        return X, y
+
+    assert_union(case("", net, data, lambda: masked), *GRADIENTS)
+
+
+def test_float32_inside_a_loss() -> None:
+    """It is weighed in its own dtype where it has no other."""
+    w = torch.rand(C)
+    model, X, y = net().float(), torch.randn(N, 4), torch.randn(N, C)
+    batches = list(zip(X.split(SIZES), y.split(SIZES), strict=True))
+    loss_fn: Callable = lambda o, y: ((o - y) @ w).square().mean()  # noqa: E731
+    want, got = (curvature(model, loss_fn, d, bncurv.ComponentGrad()).grad_component for d in ((X, y), batches))
+    assert all(torch.allclose(got[n], t, rtol=1e-4, atol=1e-7) for n, t in want.items())
+
+
+def test_weights_are_read_in_float64() -> None:
+    """Of a float32 network as well, where the loss allows it: no digits are lost over many mini-batches."""
+    y = torch.randint(C, (N,))
+    output, weights = 14 * F.one_hot(y, C) + 0.1 * torch.randn(N, C), Weights()
+    parts = [LossAtBatch(F.cross_entropy, o, t) for o, t in zip(output.split(SIZES), y.split(SIZES), strict=True)]
+    assert [weights.of(part) for part in parts] == pytest.approx([1.0, 4 / 5, 2 / 5], rel=1e-12)
 
 
 class Poisson(Loss):
@@ -253,11 +293,23 @@ def centred(o: Tensor, y: Tensor) -> Tensor:
     return (o - o.mean(0) - y).square().mean()
 
 
+def centred_sum(o: Tensor, y: Tensor) -> Tensor:
+    return (o - o.mean(0) - y).square().sum()
+
+
+def noisy(o: Tensor, y: Tensor) -> Tensor:
+    return (o - y + torch.randn(len(o), 1)).square().mean()
+
+
 def root_n(o: Tensor, y: Tensor) -> Tensor:
     return (o - y).square().sum() / len(o) ** 0.5
 
 
-@pytest.mark.parametrize("loss_fn", [rms, in_batch, centred, root_n, lambda o, y: (o - o.median()).abs().mean()])
+def medians(o: Tensor, y: Tensor) -> Tensor:
+    return (o - o.median()).abs().mean()
+
+
+@pytest.mark.parametrize("loss_fn", [rms, in_batch, centred, centred_sum, root_n, medians])
 def test_neither_mean_nor_sum_is_refused(loss_fn: Callable) -> None:
     """By name, and only over several mini-batches; at one, g_n is what passes through output n."""
     one = case("", net, probabilities, lambda: loss_fn)
@@ -268,8 +320,20 @@ def test_neither_mean_nor_sum_is_refused(loss_fn: Callable) -> None:
         curvature(model, loss_fn, split(one), bncurv.ComponentGrad())
 
 
+def test_neither_mean_nor_sum_is_refused_beside_a_vanishing_gradient() -> None:
+    """The other one's share alone would fit any rule."""
+    loss_fn: Callable = lambda o, y: (o - y).relu().sum() / len(o) ** 0.5  # noqa: E731
+    data = [(torch.randn(4, 4), torch.full((4, C), level)) for level in (1e3, -1e3)]
+    for batches in (data, data[::-1]):
+        with pytest.raises(ValueError, match="<lambda> is neither a mean nor a sum over samples"):
+            curvature(net(), loss_fn, batches, bncurv.ComponentGrad())
+
+
 def test_what_cannot_be_weighed_is_refused() -> None:
     model = net()
+    data = [(torch.randn(4, 4), torch.randn(4, C)) for _ in range(2)]
+    with unchanged(model), pytest.raises(ValueError, match=r"noisy is neither.*draws random numbers\?"):
+        curvature(model, noisy, data, bncurv.ComponentGrad())
     X, y = torch.randn(4, 4), torch.full((4, C), 1e3)
     satisfied = lambda o, y: (o - y).relu().mean()  # noqa: E731
     with pytest.raises(ValueError, match="<lambda>: its gradient vanishes on mini-batches"):
@@ -282,6 +346,14 @@ def test_what_cannot_be_weighed_is_refused() -> None:
 
 
 # --------------------------------------------------------------------------------------- rounding
+
+
+def test_few_parts_are_held() -> None:
+    merged = Merged([bncurv.DiagGGNExact()])
+    for count in range(1, 40):
+        merged.add({"diag_ggn_exact": {"w": torch.ones(())}}, 1.0)
+        assert merged.batches == count and len(merged._held) <= 6
+    assert torch.equal(merged.fields()["diag_ggn_exact"]["w"], torch.ones(()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
