@@ -22,7 +22,7 @@ from bncurv.blocks import Batch
 from bncurv.checks import check_output, check_quantities
 from bncurv.graph import behind, trace
 from bncurv.loss_at_batch import LossAtBatch
-from bncurv.losses import check_loss, is_loss
+from bncurv.losses import check_loss, is_loss, output_and_target
 from bncurv.marks import MODEL, metadata
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
@@ -138,8 +138,7 @@ def _join_backpack(module: Any, args: tuple) -> None:
 
 # -------------------------------------------------------------------- backward
 def _after_loss(loss_fn: nn.Module, args: tuple, kwargs: dict[str, Any], loss: Any) -> None:
-    names = dict(zip(("input", "target"), args, strict=False)) | kwargs
-    output, target = names.get("input"), names.get("target")
+    output, target = output_and_target(loss_fn, args, kwargs)
     if isinstance(loss, Tensor) and loss.requires_grad:
         loss.register_hook(lambda g: _run(loss_fn, output, target, g))
 

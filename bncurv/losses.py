@@ -10,6 +10,7 @@ per loss; `register_loss` adds one.
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -294,6 +295,15 @@ def register_loss(module_class: type[nn.Module], loss: Loss) -> None:
 def is_loss(module: nn.Module) -> bool:
     """Whether a module is a loss rather than a model: in the table, one of PyTorch's, or without any parameter."""
     return isinstance(module, (*LOSSES, nn.modules.loss._Loss)) or next(module.parameters(), None) is None
+
+
+def output_and_target(loss_fn: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The first two of a loss' arguments, given by position or by whatever name."""
+    if len(args) > 1:
+        return args[0], args[1]
+    given = inspect.signature(loss_fn.forward).bind(*args, **kwargs)
+    output, target = [*given.args, *given.kwargs.values(), None, None][:2]
+    return output, target
 
 
 def name_of(loss_fn: Callable) -> str:

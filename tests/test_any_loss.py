@@ -1,5 +1,6 @@
 """Quantities of the gradient take any differentiable loss of the output; what else it does is honoured or refused."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -141,6 +142,18 @@ def test_extend_negative_multiple() -> None:
     assert_close({n: -p.grad_component / 2 for n, p in model.named_parameters()}, want)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_extend_arguments_by_name(reverse: bool) -> None:
+    one = next(c for c in MODULES if c.name == "wrapper")
+    model, loss_fn, X, y = one.build()
+    extend(model), extend(loss_fn)
+    given = {"logits": model(X), "labels": y}
+    with backpack(ComponentGrad()):
+        loss_fn(**dict(reversed(given.items()) if reverse else given.items())).backward()
+    want = reference.component_gradients(*one.build())
+    assert_close({n: p.grad_component for n, p in model.named_parameters()}, want)
+
+
 def test_float32_is_what_pytorch_gives() -> None:
     """Also where a loss holds float32 tensors that no module knows of."""
     one = next(c for c in MODULES if c.name == "focal")
@@ -211,6 +224,29 @@ def test_hooks_of_the_loss_take_part(where: str) -> None:
     says = rf"CrossEntropyLoss: its gradient differs.*a forward hook \({name}\).*remove the hook"
     with unchanged(model, loss_fn), pytest.raises(ValueError, match=says):
         curvature(model, loss_fn, (X, y), DiagGGNExact())
+
+
+@pytest.mark.parametrize("quantity", [ComponentGrad, DiagGGNExact])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("where", ["pre", "forward"])
+def test_extend_hooks_of_the_loss(where: str, when: str, quantity: Any) -> None:
+    """What they make of the output, and a multiple that they make of the value after us, are honoured."""
+    model, _, X, y = FUNCTIONS[0].build()
+    loss_fn, (hooked_fn, same) = extend(nn.CrossEntropyLoss()), hooked(where)
+    if when == "after":
+        add = loss_fn.register_forward_pre_hook if where == "pre" else loss_fn.register_forward_hook
+        add(cooled if where == "pre" else doubled)
+    else:
+        loss_fn = extend(hooked_fn)
+    extend(model)
+    refused = (where, when) == ("forward", "before")
+    with pytest.raises(RuntimeError, match="not that of") if refused else contextlib.nullcontext():
+        with backpack(quantity()):
+            loss_fn(model(X), y).backward()
+    if not refused:
+        oracle = reference.component_gradients if quantity is ComponentGrad else reference.ggn_diagonal
+        want = oracle(FUNCTIONS[0].model(), same, X, y)
+        assert_close({n: getattr(p, quantity.field) for n, p in model.named_parameters()}, want)
 
 
 def test_hook_that_only_watches() -> None:

@@ -212,6 +212,22 @@ def test_a_failed_call_leaves_nothing_on_a_quantity(free):
     assert [vars(q) for q in quantities] == before and not graphs
 
 
+@pytest.mark.parametrize("method, tol", [("dense", 0.0), ("coupled", 0.0), ("coupled", 0.1)])
+def test_another_default_device(method, tol):
+    """New tensors go to the model's device, whatever is the default; so do all numbers of the results."""
+    model, loss_fn, X, y = next(c for c in MODELS if c.name == "mlp_bn").build()
+    batches, options = [(X[:3], y[:3]), (X[3:], y[3:])], {"method": method, "tol": tol}
+    everything = [bncurv.ComponentGrad(), bncurv.DiagGGNExact(), bncurv.CouplingReport(), *(q() for q in QUANTITIES)]
+    lows = bncurv.LowRankGGN(), bncurv.LowRankGGN(top=2, matrix_free=True)
+    want = curvature(model, loss_fn, batches, *everything, **options)
+    with torch.device("meta"):
+        got = curvature(model, loss_fn, batches, *everything, **options)
+        spectra = [curvature(model, loss_fn, batches, low, **options).ggn.eigenvalues[:2] for low in lows]
+    for field in ("grad_component", "diag_ggn_exact", "variance", "sqrt_ggn_exact"):
+        assert all(torch.equal(getattr(got, field)[n], t) for n, t in getattr(want, field).items())
+    assert {t.device.type for t in spectra} == {"cpu"}
+
+
 def one_image(head):
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2), *head
