@@ -24,7 +24,6 @@ IDS = [
 # Scripts of the catalogue that are not written yet.
 TO_COME = {
     "covariate_shift",
-    "mode_matters",
     "real_data",
     "smoothness",
 }
