@@ -33,14 +33,14 @@ WAYS = ("train", "frozen G", "frozen G and ∇L")
 
 
 @torch.no_grad()
-def loss_along(net: nn.Module, data: Batch, step: dict[str, Tensor], times: Tensor) -> Tensor:
+def loss_along(net: nn.Module, data: Batch, step: dict[str, Tensor], times: Tensor, loss_fn: nn.Module = CE) -> Tensor:
     """The training loss at θ + t · step, less that at θ."""
     moved = copy.deepcopy(net)
     losses = []
     for t in (0.0, *times.tolist()):
         for name, p in moved.named_parameters():
             p.copy_(dict(net.named_parameters())[name] + t * step[name])
-        losses.append(CE(moved(data[0]), data[1]))
+        losses.append(loss_fn(moved(data[0]), data[1]))
     return torch.stack(losses[1:]) - losses[0]
 
 

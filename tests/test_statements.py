@@ -24,7 +24,6 @@ IDS = [
 # Scripts of the catalogue that are not written yet.
 TO_COME = {
     "covariate_shift",
-    "real_data",
     "smoothness",
 }
 WRITTEN = [name for name in statements.scripts() if name not in TO_COME]
@@ -34,6 +33,10 @@ FAST = {
     "rank_nullspace",
     "structure",
 }  # quick runs of the default suite; the others are marked slow
+
+
+# Acceptances that are not met: the row shows the evidence, and the script ends with status 1.
+FAILING = {"real_data": ["X16"]}
 
 
 # --- the catalogue --------------------------------------------------------------------------------
@@ -57,9 +60,12 @@ def test_scripts_exist():
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in WRITTEN])
 def test_quick_run_passes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     script = importlib.import_module(name)
-    assert command.main(script.experiment, ["--quick", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    status = command.main(script.experiment, ["--quick", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     written = json.loads((tmp_path / f"{name}.json").read_text())
+    failing = FAILING.get(name, [])
+    assert [row["id"] for row in written["rows"] if row["verdict"] == "fails"] == failing, said
+    assert status == bool(failing)
     assert [row["id"] for row in written["rows"]] and all(f"{row['id']} · " in said for row in written["rows"])
     for plot in written["plots"]:
         assert (tmp_path / plot["file"]).read_bytes().startswith(b"\x89PNG") and plot["caption"]
