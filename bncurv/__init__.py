@@ -1,10 +1,12 @@
 """bncurv: exact curvature through train-mode BatchNorm, at a cost linear in the batch size.
 
 Start with `curvature` (one call on an untouched model) or `extend` (BackPACK's ``with backpack(...)`` gesture).
-The idea of the package is told at the head of ``gate.py`` and ``engine.py``.
+The idea of the package is told at the head of ``gate.py`` and ``engine.py``. Importing it lets BackPACK's
+``with backpack(...)`` call two functions of bncurv where a block begins and ends (``context.py``).
 """
 
 from bncurv.api import Results, curvature
+from bncurv.context import watch_blocks
 from bncurv.extension import extend, unextend
 from bncurv.gate import register_coupled
 from bncurv.influence import InfluenceGrad, InfluenceProjection
@@ -26,6 +28,8 @@ from bncurv.sampling import ComponentDiagGGNMC, DiagGGNMC, SqrtGGNMC
 from bncurv.slow import SlowPathWarning
 
 __version__ = "0.1.0"
+
+watch_blocks()
 
 __all__ = [
     "ComponentDiagGGNExact",

@@ -22,7 +22,8 @@ from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
 from bncurv.shares import Weights
-from bncurv.untouched import left_as_is, set_aside
+from bncurv.undo import Undo, without_trace
+from bncurv.untouched import leave_as_is
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,19 @@ def curvature(
     check_options(method, tol, chunk_size)
     check_loss(loss_fn)
     wanted = select_parameters(model, params)
-    merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
-    passes, way, largest = 0, "", 0
-    touched = nn.ModuleList([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])])
-    with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
-        generator = generator_of_call(quantities, next(iter(wanted.values())).device)
-    bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
-    with torch.inference_mode(False), set_aside(model.parameters(), touched.modules()), left_as_is(touched), bar:
+
+    def run(undo: Undo) -> Results:
+        merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
+        passes, way, largest = 0, "", 0
+        bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
+        undo.note(bar.close)
+        leave_as_is(undo, model, *([loss_fn] if isinstance(loss_fn, nn.Module) else []))
+        recorder = Recorder(model, private=True)
+        undo.note(recorder.stop)
+        with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
+            generator = generator_of_call(quantities, next(iter(wanted.values())).device)
         for X, y in batches(data):
-            with torch.enable_grad(), Recorder(model, private=True):
+            with torch.enable_grad(), recorder:
                 output = _forward(model, X, y, wanted, largest)
             loss = LossAtBatch(loss_fn, output, y.to(output.device), hooked=True, empty_ok=True, parameters=wanted)
             traced = trace(output, wanted.values())
@@ -137,9 +142,11 @@ def curvature(
             merged.add(parts, weights.of(loss), engine.error)
             passes, way, largest = passes + engine.passes, engine.way, max(largest, len(y))
             del output, loss, traced, batch, parts, engine
-        fields = merged.fields()
+        return Results(merged.fields(), way, passes, merged.batches, merged.error)
+
+    results = without_trace(run)
     generator_of_call(quantities, torch.device("cpu"))  # moves the global random state on
-    return Results(fields, way, passes, merged.batches, merged.error)
+    return results
 
 
 def _forward(model: nn.Module, X: Any, y: Tensor, wanted: Mapping[str, Tensor], largest: int) -> Tensor:

@@ -37,6 +37,10 @@ class Gates:
     """
 
     def __init__(self) -> None:
+        self.open()
+
+    def open(self) -> None:
+        """As the user's own passes see them."""
         self.closed = self.sums = False
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
@@ -16,10 +16,8 @@ from bncurv.marks import (
     HOOKED,
     LOWERED,
     MARK,
-    MODEL,
     MODULE,
     RECOMPUTED,
-    RETAINED,
     UNGATED,
     Call,
     Mark,
@@ -130,23 +128,3 @@ def _take_notes(found: Trace, node: Node) -> None:
     foreign = isinstance(node, BackwardCFunction) and not getattr(node._forward_cls, "is_linear", False)
     if foreign or HOOKED in notes or RECOMPUTED in notes:
         found.plain = False
-
-
-def behind(output: Tensor) -> tuple[list[nn.Module], list[Tensor]]:
-    """The extended models that ``output`` depends on, and the tensors on the way whose gradients are retained."""
-    models: list[nn.Module] = []
-    retained = [output] if output.retains_grad else []
-    seen: set[Node] = set()
-    stack = [output.grad_fn] if output.grad_fn is not None else []
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        reference = metadata(node).get(MODEL)
-        model = reference() if reference else None
-        if model is not None and model not in models:
-            models.append(model)
-        retained += [t for t in (r() for r in metadata(node).get(RETAINED, ())) if t is not None and t is not output]
-        stack.extend(child for child, _ in node.next_functions if child is not None)
-    return models, retained

@@ -15,7 +15,8 @@ from bncurv.layers import Layer
 # Notes in a node's metadata, besides what autograd keeps there
 MARK = "bncurv"  # a Mark
 MODULE = "bncurv.module"  # of a module's output: its name, shape, output number
-MODEL = "bncurv.model"  # of an extended model's output: a reference to it
+MODEL = "bncurv.model"  # of an extended model's output: its Recording
+LOSS = "bncurv.loss"  # of an extended loss' value: a token
 RETAINED = "bncurv.retained"  # references to tensors with retain_grad()
 HOOKED = "bncurv.hooked"  # output numbers of tensors with a hook
 RECOMPUTED = "bncurv.recomputed"  # saved tensors are made again in the backward pass

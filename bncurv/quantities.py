@@ -51,7 +51,6 @@ class Quantity(BackpropExtension):
 
     def __init__(self) -> None:
         super().__init__(self.field, {}, fail_mode="SILENT")
-        self.runs = 0
 
     def expects_backpropagation_quantities(self) -> bool:
         """BackPACK need not propagate anything for us."""

@@ -8,9 +8,8 @@ Nothing global is kept: the marks live and die with the graph; ``graph.py`` coll
 
 from __future__ import annotations
 
-import sys
+import threading
 import weakref
-from contextlib import nullcontext
 from traceback import walk_stack
 from typing import Any
 
@@ -21,9 +20,10 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from bncurv.batchnorm import batch_norm
+from bncurv.eager import release, run_eagerly
 from bncurv.gate import COUPLED, Coupling, Gates, recoupled
 from bncurv.layers import LAYERS, BatchNormTrain, Layer
 from bncurv.marks import (
@@ -81,35 +81,47 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, private: bool = False) -> None:
         super().__init__()
-        self._private = private
+        self._private, self._model = private, model
         self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
-        self._stack: list[str] = [type(model).__name__]
-        self._gates = Gates()
 
     def __enter__(self) -> Recorder:
-        self._hooks = [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
-        ]
-        # compiled modules run eagerly meanwhile; asking for that would import the compiler where nobody has
-        self._stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        self._stance.__enter__()
+        self._stack, self._gates, self._thread = [type(self._model).__name__], Gates(), threading.get_ident()
+        register_module_forward_pre_hook(self._enter_module)
+        register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
+        run_eagerly(self)
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        super().__exit__(*exc)
-        self._stance.__exit__(None, None, None)
-        for hook in self._hooks:
-            hook.remove()
-            torch_module._global_forward_hooks_with_kwargs.pop(hook.id, None)  # remove() forgets this entry
+        if _get_current_function_mode_stack()[-1:] == [self]:  # else an interrupt came while PyTorch held it apart
+            super().__exit__(*exc)
+        self.stop()
+
+    def stop(self) -> None:
+        """Take back all but the function mode itself; may be called again, also if nothing had begun."""
+        release(self)
+        for table in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
+            for key, hook in list(table.items()):
+                if getattr(hook, "__self__", None) is self:
+                    torch_module._global_forward_hooks_with_kwargs.pop(key, None)
+                    torch_module._global_forward_hooks_always_called.pop(key, None)
+                    table.pop(key, None)
+
+    @staticmethod
+    def watches() -> bool:
+        """Whether a recorder watches this thread."""
+        return any(isinstance(mode, Recorder) for mode in _get_current_function_mode_stack())
+
+    def _watched(self, module: nn.Module) -> bool:
+        """Hooks for all modules fire in all threads, and for other models too."""
+        return id(module) in self._names and threading.get_ident() == self._thread
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
-        if id(module) in self._names:
+        if self._watched(module):
             self._stack.append(self._names[id(module)])
 
     def _leave_module(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
         kwargs, output = rest if len(rest) == 2 else ({}, None)  # after a failed forward PyTorch drops an argument
-        if id(module) not in self._names:
+        if not self._watched(module):
             return None
         pair = COUPLED.get(type(module))
         if pair is not None and isinstance(output, Tensor) and output.requires_grad:

@@ -1,108 +1,218 @@
-"""Leave no trace: what others hooked in is set aside meanwhile; buffers, gradients, random state are put back."""
+"""Leave no trace: what a call changes is put back, and what others hooked in rests meanwhile (`undo.py`: how)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import partial
+from itertools import chain
+from typing import Any, cast
 
+import backpack
+import numpy as np
 import torch
-from backpack import disable
 from backpack.context import CTX
 from backpack.utils.hooks import no_op
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-_depth = 0  # of `set_aside`
+from bncurv.turns import take_turn
+from bncurv.undo import Undo
 
 
-@contextmanager
-def set_aside(parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Keep BackPACK and backward hooks from acting on our passes.
+def leave_as_is(undo: Undo, *roots: nn.Module) -> None:
+    """All that a call on the user's model and loss must leave as it is; calls of other threads wait.
 
-    BackPACK neither stores inputs meanwhile nor deletes those that it has stored.
-
-    Args:
-        parameters: tensors whose hooks wait.
-        modules: modules whose backward hooks stay off the graphs that are recorded meanwhile.
+    Parameters, their ``.grad`` and hooks, buffers, modes, hooks of modules; random states; PyTorch's modes of this
+    thread; BackPACK's context.
     """
-    global _depth
-    before = CTX.get_active_exts(), CTX.get_extension_hook(), CTX.get_retain_graph()
-    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
-    hooks += _backward_hooks(modules)
-    CTX.set_active_exts(())
-    CTX.set_extension_hook(no_op)
-    CTX.set_retain_graph(True)
-    for table, _ in hooks:
+    modules = [m for root in roots for m in root.modules()]
+    parameters = [p for root in roots for p in root.parameters()]
+    take_turn(undo, "bncurv.curvature")
+    keep_modes(undo)
+    keep_random_states(undo, parameters)
+    rest_backpack(undo)
+    leave_inference_mode(undo)
+    keep_grads(undo, parameters)
+    keep_tables(undo, modules)
+    keep_values(undo, [(name, t) for root in roots for name, t in chain(root.named_parameters(), root.named_buffers())])
+    rest_hooks(undo, parameters, modules)
+    rest_storing(undo, modules)
+
+
+def keep_modes(undo: Undo) -> None:
+    """PyTorch's modes of this thread: gradients, function modes, function transforms."""
+    grad, modes, depth = torch.is_grad_enabled(), _get_current_function_mode_stack(), _transforms()
+
+    def restore() -> None:
+        while _transforms() > depth:
+            torch._C._functorch.pop_dynamic_layer_stack()
+        cast(Any, torch._C._functorch)._set_vmap_fallback_warning_enabled(True)
+        if _get_current_function_mode_stack() != modes:
+            while _get_current_function_mode_stack():
+                _pop_mode()
+            for mode in modes:
+                _push_mode(mode)
+        torch.set_grad_enabled(grad)
+
+    undo.note(restore)
+
+
+def leave_inference_mode(undo: Undo) -> None:
+    """Graphs are recorded outside of it."""
+    if torch.is_inference_mode_enabled():
+        normal = torch.inference_mode(False)
+        undo.note(lambda: normal.__exit__(None, None, None) if vars(normal).get("_inference_mode_context") else None)
+        normal.__enter__()
+
+
+def _transforms() -> int:
+    """How many function transforms (vmap and the like) this thread is in."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
+def keep_random_states(undo: Undo, tensors: Iterable[Tensor]) -> None:
+    """PyTorch's on the CPU and on the tensors' devices, Python's and NumPy's."""
+    undo.note(partial(torch.set_rng_state, torch.get_rng_state()))
+    for device in {t.device for t in tensors if t.device.type not in ("cpu", "meta")}:
+        one, where = torch.get_device_module(device), () if device.type == "mps" else (device,)
+        undo.note(partial(one.set_rng_state, one.get_rng_state(*where), *where))
+    undo.note(partial(random.setstate, random.getstate()))
+    undo.note(partial(np.random.set_state, np.random.get_state()))
+
+
+# ------------------------------------------------------------------------ tensors
+def keep_attributes(undo: Undo, tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """The fields that quantities store on parameters are put back, unless the function that this returns was called."""
+    kept: list[bool] = []
+    for t in tensors:
+        undo.note(partial(_set_attributes, t, dict(vars(t)), kept))
+    return lambda: kept.append(True)
+
+
+def _set_attributes(t: Tensor, attributes: dict[str, Any], kept: list[bool]) -> None:
+    if not kept:
+        vars(t).clear()
+        vars(t).update(attributes)
+
+
+def keep_grads(undo: Undo, tensors: Iterable[Tensor]) -> None:
+    """``.grad``: the same object; meanwhile there is none that could be added to."""
+    for t in tensors:
+        if t.is_leaf or t.retains_grad:
+            undo.note(partial(setattr, t, "grad", t.grad))
+            t.grad = None
+
+
+def keep_tables(undo: Undo, modules: Iterable[nn.Module]) -> None:
+    """Which parameters and buffers a module has, and its mode."""
+    for m in modules:
+        undo.note(partial(_set_mode, m, m.training))
+        for table in (m._parameters, m._buffers):
+            if isinstance(table, dict):  # those of script modules are not
+                undo.note(partial(_refill, table, dict(table)))
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if module.training != training:
+        module.training = training
+
+
+def _refill(table: MutableMapping, entries: Mapping) -> None:
+    if [(key, id(t)) for key, t in table.items()] != [(key, id(t)) for key, t in entries.items()]:
         table.clear()
-    _depth += 1
-    try:
-        with disable():
-            yield
-    finally:
-        _depth -= 1
-        for table, entries in hooks:
-            table.update(entries)
-        CTX.set_active_exts(before[0])
-        CTX.set_extension_hook(before[1])
-        CTX.set_retain_graph(before[2])
+        table.update(entries)
 
 
-def _backward_hooks(modules: Iterable[nn.Module]) -> list[tuple[dict, dict]]:
-    """The non-empty tables of backward hooks of modules, each with a copy of its entries."""
-    return [(t, dict(t)) for m in modules for t in (m._backward_hooks, m._backward_pre_hooks) if t]
+def keep_values(undo: Undo, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Values, layouts and storages of tensors, whatever their kind.
 
-
-class _Resting:
-    """A module's backward hook that rests while our passes run."""
-
-    def __init__(self, hook: Callable) -> None:
-        self._hook = hook
-
-    def __call__(self, *args: Any) -> Any:
-        return None if _depth else self._hook(*args)
-
-
-@contextmanager
-def resting_hooks(model: nn.Module) -> Iterator[None]:
-    """Backward hooks that a forward pass in this block puts on its graph act in the user's passes only.
-
-    Those of ``model`` itself are on their way to the graph when its forward begins, and are not reached.
+    Raises:
+        ValueError: for one that has no value yet.
     """
-    hooks = _backward_hooks(model.modules())
-    for table, entries in hooks:
-        table.update({key: _Resting(hook) for key, hook in entries.items()})
-    try:
-        yield
-    finally:
-        for table, entries in hooks:
-            table.update({key: hook for key, hook in entries.items() if key in table})
+    for name, t in tensors:
+        if is_lazy(t):
+            raise ValueError(f"'{name}' is not initialised yet (a lazy module). Call the model once on a batch first.")
+        found = t.data  # its writes are not counted as changes of t
+        undo.note(partial(_put_back, t, found, [(part, part.clone()) for part in _memory(found)]))
 
 
-@contextmanager
-def left_as_is(model: nn.Module) -> Iterator[None]:
-    """Restore the model's buffers and the random state on leaving the block, whatever happens."""
-    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
-    values = [(b, b.clone()) for b in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=[d.index for d in devices]):
-        try:
-            yield
-        finally:
-            for table, entries in tables:
-                table.clear()
-                table.update(entries)
-            with torch.no_grad():
-                for buffer, value in values:  # by value: batch_norm bumps no version of its running statistics
-                    if not torch.equal(buffer, value):
-                        buffer.data.copy_(value)
+def _memory(t: Tensor) -> list[Tensor]:
+    """Plain tensors that are the memory of a tensor, each cell once."""
+    if t.is_meta or t.is_mkldnn:  # there is none, or none that is accessible
+        return []
+    if t.is_quantized:
+        return [torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())]
+    if t.is_nested and t.layout == torch.strided:
+        return list(t.unbind())
+    if hasattr(t, "__tensor_flatten__"):
+        return [part for name in t.__tensor_flatten__()[0] for part in _memory(getattr(t, name))]
+    if t.layout == torch.sparse_coo:
+        return [t._indices(), t._values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [t.crow_indices(), t.col_indices(), t.values()]
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [t.ccol_indices(), t.row_indices(), t.values()]
+    if t.layout != torch.strided or t.is_contiguous():
+        return [t]
+    span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return [t.as_strided((span,), (1,))]  # also of an expanded tensor, whose cells are read several times
 
 
-@contextmanager
-def grads_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give tensors with ``retain_grad()`` the gradients back that they had before our passes."""
-    before = [(t, t.grad) for t in tensors]
-    try:
-        yield
-    finally:
-        for t, grad in before:
-            t.grad = grad
+def _place(t: Tensor) -> list[Any]:
+    """Where the memory of a tensor lies, and how it is read."""
+    read = [] if t.layout != torch.strided or t.is_nested else [t.shape, t.stride()]
+    return read + [(part.data_ptr(), part.shape) for part in _memory(t)]
+
+
+def _put_back(t: Tensor, found: Tensor, memory: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for part, value in memory:
+            if not torch.equal(part, value):
+                part.copy_(value)
+        if _place(t) != _place(found):
+            t.data = found
+
+
+# -------------------------------------------------------------------------- hooks
+def rest_hooks(undo: Undo, parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> None:
+    """Hooks of parameters rest; backward hooks of modules stay off the graphs recorded meanwhile."""
+    for p in parameters:
+        _rest(undo, p._backward_hooks)
+        _rest(undo, p._post_accumulate_grad_hooks)
+    for m in modules:
+        _rest(undo, m._backward_hooks)
+        _rest(undo, m._backward_pre_hooks)
+
+
+def rest_storing(undo: Undo, modules: Iterable[nn.Module]) -> None:
+    """BackPACK does not store what its modules take and return."""
+    for m in modules:
+        _rest(undo, m._forward_hooks, backpack.hook_store_io)
+
+
+def _rest(undo: Undo, table: MutableMapping | None, only: Callable | None = None) -> None:
+    """Take the hooks out of a table, or only this one."""
+    resting = [key for key, hook in (table or {}).items() if only in (None, hook)]
+    if table is not None and resting:
+        undo.note(partial(_refill, table, dict(table)))
+        for key in resting:
+            del table[key]
+
+
+def quieten(undo: Undo, message: str) -> None:
+    """A warning of PyTorch that begins so is the user's in the user's own pass; in ours it is not shown."""
+    entry, filters = ("ignore", re.compile(message), UserWarning, None, 0), cast("list[Any]", warnings.filters)
+    undo.note(lambda: filters.remove(entry) if entry in filters else None)
+    filters.insert(0, entry)  # `warnings` is not told, or it would forget what it has shown once
+
+
+def rest_backpack(undo: Undo) -> None:
+    """An active context of BackPACK does not act on our passes; what its modules have stored stays."""
+    if CTX.active_exts or CTX.extension_hook is not no_op:
+        for name, value in (("active_exts", ()), ("extension_hook", no_op), ("retain_graph", True)):
+            undo.note(partial(setattr, CTX, name, getattr(CTX, name)))
+            setattr(CTX, name, value)

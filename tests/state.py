@@ -2,15 +2,21 @@
 
 import contextlib
 import random
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import backpack
+import numpy as np
 import torch
 from backpack.context import CTX
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from bncurv import context, eager, turns
+
+COMPILER = "torch._dynamo.eval_frame"
 GLOBAL_HOOKS = [name for name in vars(torch_module) if name.startswith("_global_")]
 # newer than the oldest PyTorch that is supported: there, hooks left behind are not seen
 SAVED_TENSOR_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)
@@ -18,8 +24,10 @@ SAVED_TENSOR_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hoo
 
 def value(t: Tensor | None) -> Any:
     """A tensor by its bits, whatever its dtype (NaN equals NaN)."""
-    if t is None:
-        return None
+    if t is None or t.is_meta:
+        return t if t is None else (t.dtype, tuple(t.shape), "meta")
+    if t.layout != torch.strided:
+        return t.layout, value(t.to_dense())
     flat = t.detach().contiguous().reshape(-1)
     return t.dtype, tuple(t.shape), bytes(flat.view(torch.uint8).tolist()) if t.numel() else b""
 
@@ -28,23 +36,28 @@ def of_process() -> dict[str, Any]:
     """Everything global that PyTorch or BackPACK keeps."""
     hooks = {name: getattr(torch_module, name) for name in GLOBAL_HOOKS}
     return {
-        **{name: list(h) if isinstance(h, dict) else h for name, h in hooks.items()},
-        "function modes": torch._C._len_torch_function_stack(),
+        **{name: list(h.items()) if isinstance(h, dict) else h for name, h in hooks.items()},
+        "function modes": torch.overrides._get_current_function_mode_stack(),
+        "function transforms": torch._C._functorch.get_dynamic_layer_stack_depth(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "saved-tensor hooks": SAVED_TENSOR_HOOKS(True),
         "random state": value(torch.get_rng_state()),
         "python's random state": random.getstate(),
+        "NumPy's random state": str(np.random.get_state()),
+        "warnings": list(warnings.filters),
+        "compiler's stance": str(sys.modules[COMPILER]._stance) if COMPILER in sys.modules else None,
+        "bncurv's own": (dict(turns._OWNER), dict(turns._HELD), dict(eager._WATCHERS), list(context._BLOCKS)),
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "default dtype": torch.get_default_dtype(),
         "BackPACK": (CTX.active_exts, CTX.extension_hook, CTX.debug, CTX.retain_graph),
         "BackPACK stores": backpack.disable.store_io,
-        "BackPACK's hooks": len(CTX.hook_handles),
+        "BackPACK's hooks": list(CTX.hook_handles),
     }
 
 
 def of_module(prefix: str, m: nn.Module) -> dict[str, Any]:
     """Attributes, mode and hooks of one module."""
-    hooks = {name: list(h) for name, h in vars(m).items() if "_hooks" in name and h}
+    hooks = {name: list(h.items()) for name, h in vars(m).items() if "_hooks" in name and h}
     return {
         f"{prefix} attributes": sorted(vars(m)),
         f"{prefix} forward": vars(m).get("forward"),
@@ -63,6 +76,7 @@ def of_parameter(prefix: str, p: Tensor) -> dict[str, Any]:
         f"{prefix} requires_grad": p.requires_grad,
         f"{prefix} grad": (id(p.grad), value(p.grad)),
         f"{prefix} attributes": sorted(vars(p)),
+        f"{prefix} hooks": [list((h or {}).items()) for h in (p._backward_hooks, p._post_accumulate_grad_hooks)],
     }
 
 

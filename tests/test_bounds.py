@@ -10,15 +10,20 @@ CODE = {path: path.read_text() for path in (ROOT / "bncurv").rglob("*.py")}
 PRIVATE = {
     "torch._C._are_functorch_transforms_active",  # what autograd.Function asks before it runs
     "torch._C._autograd",  # whether saved tensors are packed by hooks, which only torch 2.7 and newer tells
-    "torch._C._functorch",  # its switch of the warning that vmap has no rule for an operation
+    "torch._C._current_graph_task_id",  # whether this thread is in a backward pass
+    "torch._C._functorch",  # its switch of the warning that vmap has no rule for an operation; transforms to leave
     "torch._batch_norm_impl_index",  # the kernels behind F.batch_norm, with the statistics that they found
     "torch.ops.aten._batch_norm_impl_index_backward",
     "torch._dynamo",  # whether the compiler has been imported
     "torch._disable_dynamo",  # torch.compiler.disable, without importing the compiler
     "torch.autograd.Variable._execution_engine",  # its queue_callback: when backward() has ended
-    "torch_module._global_forward_pre_hooks",  # hooks of all modules act on a loss that is called too
-    "torch_module._global_forward_hooks",
-    "torch_module._global_forward_hooks_with_kwargs",  # the handle's remove() leaves an entry there
+    "torch.autograd.graph._engine_run_backward",  # the frame that knows what backward() was called on
+    "from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode",  # put back after Ctrl-C
+    "from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack",
+    "torch_module._global_forward_pre_hooks",  # hooks of all modules act on a loss that is called too; and ours are
+    "torch_module._global_forward_hooks",  # found and taken out, also where Ctrl-C came before their handle
+    "torch_module._global_forward_hooks_with_kwargs",
+    "torch_module._global_forward_hooks_always_called",
 }
 
 

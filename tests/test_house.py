@@ -12,7 +12,8 @@ FILES = {
 }
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
-    {"slow", "budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch",
+    {"undo", "slow", "turns", "eager"},
+    {"budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch",
      "shares"},
     {"marks", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
@@ -20,6 +21,7 @@ FLOORS = [
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
     {"batch", "checks", "untouched"},
+    {"recording", "context", "composed", "backward"},
     {"api", "extension"},
     {""},
 ]  # fmt: skip
