@@ -75,9 +75,10 @@ def curvature(
 ) -> Results:
     """Exact curvature of ``loss_fn(model(X), y)`` in the mode that the model is in, BatchNorm coupling included.
 
-    The model is used as it is: nothing is extended, converted or copied, and parameters, ``.grad``, buffers (running
-    statistics), hooks, modes and the random state are left as they were, also after an exception. Only a Monte-Carlo
-    quantity without a generator of its own moves torch's global random state on, by one draw.
+    The model is used as it is: nothing is extended, converted or copied. Parameters, ``.grad``, buffers (running
+    statistics), hooks, modes and random states (PyTorch's, Python's, NumPy's) are left as they were, also after an
+    exception or Ctrl-C at any moment. Only a Monte-Carlo quantity without a generator of its own moves torch's global
+    random state on, by one draw. Calls in several threads wait for one another.
 
     Args:
         model: any module whose output is a tensor with the batch first.

@@ -24,6 +24,7 @@ from bncurv.quantities import Quantity
 from bncurv.recording import Recording, behind
 from bncurv.sampling import generator_of_call
 from bncurv.slow import user_level, warn_slow
+from bncurv.turns import in_engine_thread
 from bncurv.undo import Undo, without_trace
 from bncurv.untouched import (
     keep_attributes,
@@ -64,7 +65,7 @@ class LossCall:
 
 def run(call: LossCall, g: Tensor) -> None:
     """Compute the active quantities; called in ``backward()`` before the graph behind the loss is walked."""
-    quantities = active(call.thread)
+    quantities = active(call.thread if in_engine_thread() else threading.get_ident())
     if not quantities:
         return
     check_quantities(quantities)

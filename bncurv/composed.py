@@ -37,7 +37,7 @@ def check_multiple(loss: str, token: object, thread: int, parameters: Iterable[T
 
     Args:
         loss: the loss' class, for the message.
-        token: the note at the node of the loss, under `LOSS`.
+        token: among the notes at the node of the loss, under `LOSS`.
         thread: where ``backward()`` was called, perhaps.
         parameters: those whose curvature is asked for.
     """
@@ -56,7 +56,7 @@ def check_multiple(loss: str, token: object, thread: int, parameters: Iterable[T
             "Call it by loss.backward(), torch.autograd.backward or torch.autograd.grad."
         )
     for node in between:
-        problem = None if _is_loss(node, token) else _nonlinear(node, set(between))
+        problem = None if _is_loss(node, token) else _nonlinear(node, between)
         if problem:
             raise RuntimeError(
                 f"backward() was called on a function of {loss} that is no multiple of it, or not known to be one "
@@ -66,7 +66,7 @@ def check_multiple(loss: str, token: object, thread: int, parameters: Iterable[T
 
 
 def _is_loss(node: Node, token: object) -> bool:
-    return metadata(node).get(LOSS) is token
+    return token in metadata(node).get(LOSS, ())
 
 
 def _read(roots: Sequence[Node | None], token: object) -> tuple[list[Node], list[Node]]:

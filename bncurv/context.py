@@ -45,20 +45,20 @@ class Extended:
         arriving: what a loss is called with, by thread.
     """
 
-    everywhere: weakref.WeakSet[Extended] = weakref.WeakSet()
+    everywhere: weakref.WeakValueDictionary[int, Extended] = weakref.WeakValueDictionary()
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.forward = module, module.__dict__.get("forward")
         self.handles: list[RemovableHandle] = []
         self.arriving: dict[int, weakref.ref[Tensor]] = {}
-        Extended.everywhere.add(self)
+        Extended.everywhere[id(self)] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "arriving": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        Extended.everywhere.add(self)
+        Extended.everywhere[id(self)] = self
 
 
 class Block:
@@ -82,8 +82,9 @@ class Block:
         for name in ("active_exts", "debug", "extension_hook", "retain_graph"):
             self.undo.note(partial(setattr, CTX, name, getattr(CTX, name)))
         _BLOCKS.append(self)
-        for extended in list(Extended.everywhere) if self.needs_backpack else ():
-            self.join(extended.module, parts=False)
+        for extended in [ref() for ref in Extended.everywhere.valuerefs()] if self.needs_backpack else ():
+            if extended is not None:
+                self.join(extended.module, parts=False)
 
     @property
     def needs_backpack(self) -> bool:
@@ -179,7 +180,8 @@ class _ExitOf:
 
     def _end(self, block: Block, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         try:
-            block = block if block in _BLOCKS else next(b for b in reversed(_BLOCKS) if b.context is block.context)
+            if block not in _BLOCKS:  # looked up by hand, after it was entered
+                block = next((b for b in reversed(_BLOCKS) if b.context is block.context), block)
             try:
                 block.ended_well = exc_type is None
                 self._leave(block.context, exc_type, exc_value, traceback)

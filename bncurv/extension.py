@@ -29,7 +29,10 @@ def extend(module: nn.Module) -> nn.Module:
     """Make a model or a loss ready for bncurv's quantities inside BackPACK's ``with backpack(...)``.
 
     Only hooks (for a model, one around its ``forward``) are added; the module stays the same object, is neither
-    converted nor copied, and works as before. Undo with `unextend`.
+    converted nor copied, and works as before. Undo with `unextend`. Where a block needs BackPACK's hooks (for its own
+    extensions or its ``extension_hook``), extended modules have them for as long as the block lasts.
+
+    In ``backward()`` the active quantities raise RuntimeError unless it was called on a positive multiple of the loss.
 
     Args:
         module: the model (its root module), or the loss module.
@@ -128,5 +131,5 @@ def _after_loss(loss_fn: Any, args: tuple, kwargs: dict[str, Any], loss: Any) ->
         call.output = arrived
         if arrived is None or below.next_functions[0] != tuple(get_gradient_edge(arrived))[:2]:
             call.problem = "a forward pre-hook registered after bncurv.extend replaces its input: register that before"
-    metadata(loss.grad_fn)[LOSS] = call.token  # not the call itself: it holds the graph
+    metadata(loss.grad_fn).setdefault(LOSS, []).append(call.token)  # not the call itself: it holds the graph
     loss.register_hook(partial(run, call))

@@ -16,7 +16,7 @@ from bncurv.layers import Layer
 MARK = "bncurv"  # a Mark
 MODULE = "bncurv.module"  # of a module's output: its name, shape, output number
 MODEL = "bncurv.model"  # of an extended model's output: its Recording
-LOSS = "bncurv.loss"  # of an extended loss' value: a token
+LOSS = "bncurv.loss"  # of an extended loss' value: tokens
 RETAINED = "bncurv.retained"  # references to tensors with retain_grad()
 HOOKED = "bncurv.hooked"  # output numbers of tensors with a hook
 RECOMPUTED = "bncurv.recomputed"  # saved tensors are made again in the backward pass

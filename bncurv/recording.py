@@ -85,14 +85,14 @@ def _wake(table: dict[int, Any], entries: dict[int, Any]) -> None:
     table.update({key: hook for key, hook in entries.items() if isinstance(table.get(key), _Resting)})
 
 
-def _tensors(output: Any, depth: int = 6) -> Iterator[Tensor]:
+def _tensors(output: Any, depth: int = 6, seen: tuple[int, ...] = ()) -> Iterator[Tensor]:
     """The tensors in what a model returns: containers, and attributes of dataclasses and other objects."""
     if isinstance(output, Tensor):
         yield output
-    elif depth and not isinstance(output, str | bytes | type | nn.Module):
+    elif depth and id(output) not in seen and not isinstance(output, str | bytes | type | nn.Module):
         inside = output.values() if isinstance(output, Mapping) else getattr(output, "__dict__", {}).values()
         for part in output if isinstance(output, Sequence | Set) else inside:
-            yield from _tensors(part, depth - 1)
+            yield from _tensors(part, depth - 1, (*seen, id(output)))
 
 
 def behind(output: Tensor) -> tuple[list[Recording], list[Tensor]]:

@@ -1,8 +1,10 @@
 """BackPACK's gesture: what backward() may be called on, BackPACK beside us, roots and copies of every form."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -447,6 +449,66 @@ def test_pytorchs_warning_comes_from_the_users_pass_only() -> None:
         warnings.simplefilter("always")
         loss_fn(model(X), labels).backward()
     assert [w.filename for w in seen] == [__file__]
+
+
+def test_blocks_entered_in_other_ways() -> None:
+    """By hand, by an ExitStack, one in the other, the same one again."""
+    model, loss_fn, block = extend(net()), extend(nn.MSELoss()), backpack(DiagGGNExact())
+
+    def work() -> None:
+        for p in model.parameters():
+            vars(p).clear()
+        loss_fn(model(X), y).backward()
+        assert_close(diagonal(model), WANT)
+
+    with unchanged(model, loss_fn, but=("grad", "buffer", "attributes")):
+        block.__enter__()
+        work()
+        block.__exit__(None, None, None)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(block)
+            work()
+        with block, backpack(ComponentGrad()):
+            loss_fn(model(X), y).backward()
+            with backpack(DiagGGNExact()):
+                work()
+            loss_fn(model(X), y).backward()
+            assert hasattr(model[0].weight, "grad_component")
+            with pytest.raises(RuntimeError, match="DiagGGNExact did not run"), backpack(DiagGGNExact()):
+                pass
+            with block:
+                work()
+    with pytest.raises(AttributeError):
+        backpack(DiagGGNExact()).__exit__(None, None, None)
+
+
+class Wrapping(nn.Module):
+    """A loss around an extended one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = extend(nn.MSELoss())
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.inner(input, target)
+
+
+def test_an_extended_loss_in_an_extended_loss() -> None:
+    model, loss_fn = extend(net()), extend(Wrapping())
+    with backpack(ComponentGrad()):
+        loss_fn(model(X), y).backward()
+    summed = {n: p.grad_component.sum(0) for n, p in model.named_parameters()}
+    assert_close(summed, reference.gradient(net(), nn.MSELoss(), X, y))
+
+
+def test_backward_in_another_thread_than_forward() -> None:
+    model, loss_fn = extend(net()), extend(nn.MSELoss())
+    losses: list[Tensor] = []
+    thread = threading.Thread(target=lambda: losses.append(loss_fn(model(X), y)))
+    thread.start(), thread.join()
+    with backpack(DiagGGNExact()):
+        losses[0].backward()
+    assert_close(diagonal(model), WANT)
 
 
 def test_a_quantity_keeps_nothing_of_a_run() -> None:
