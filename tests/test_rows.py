@@ -225,6 +225,40 @@ def test_a_gradient_outside_the_factors_range():
     assert torch.allclose(along, -e @ ((e.T @ want) / (2 * ggn.eigenvalues + 1)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-17, 1e17, 1e18])
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5)], ids=NETS)
+def test_squares_outside_of_float32s_range(shape, scale):
+    """Eigenvalues and vectors as accurate as the rows; what float32 cannot hold is 0 or infinite."""
+    torch.manual_seed(0)
+    V = torch.randn(shape, dtype=torch.float64)
+    ggn = LowRank({"a": (scale * V).float()}, torch.ones(len(V)), samples=torch.arange(len(V)))
+    want = torch.linalg.svdvals(V)
+    held = scale**2 * want**2 > 1e-37
+    assert torch.allclose(ggn._values[held].double(), scale**2 * want[held] ** 2, rtol=1e-4)
+    assert float(ggn.trace) == pytest.approx(float((scale**2 * want**2).sum()), rel=1e-5, abs=1e-44)
+    assert float(ggn.frobenius_norm) == pytest.approx(float(scale**2 * (want**4).sum().sqrt()), rel=1e-5, abs=1e-44)
+    if scale > 1:
+        assert ggn.rank == 5 and rounding(ggn.unit_vectors()) <= 16
+
+
+@pytest.mark.parametrize("use", ["product", "solve"])
+def test_vectors_that_require_grad(use):
+    """Parameters themselves, say."""
+    ggn = low_rank(NETS["wide"])
+    v = {name: torch.randn(p).double().requires_grad_() for name, p in ggn.shapes.items()}
+    f = {"product": lambda v: ggn @ v, "solve": lambda v: ggn.solve(v, 0.1)}[use]
+    want = f({name: t.detach() for name, t in v.items()})
+    assert all(torch.equal(got.detach(), want[name]) for name, got in f(v).items())
+
+
+def test_another_default_device():
+    ggn, v = low_rank(NETS["wide"]), torch.ones(53).double()
+    with torch.device("meta"):
+        assert (ggn @ v).device == ggn.solve(v, 0.1).device == ggn.eigenvalues.device == v.device
+        assert ggn.newton_step(0.1, 2)["0.weight"].device == ggn.sample(0.1)["0.weight"].device == v.device
+        assert ggn.density(3, 1)[0].device == ggn.slopes(2).device == v.device
+
+
 def test_weights_need_the_samples():
     with pytest.raises(ValueError, match=r"weights of V's rows; pass samples too"):
         LowRank({"a": torch.ones(2, 3)}, torch.ones(2))

@@ -4,11 +4,13 @@
 (``matrix_free.py``). ``lanczos.py`` has the iterations that need products only.
 """
 
-from bncurv.lowrank.base import GGN, Damping, Vector, positive
+from bncurv.lowrank.base import GGN
 from bncurv.lowrank.lanczos import leading, one_blas_thread
 from bncurv.lowrank.matrix import gram
 from bncurv.lowrank.matrix_free import BatchOperator, MatrixFreeGGN
 from bncurv.lowrank.rows import DIRECT_SIZE, LowRank
+from bncurv.lowrank.steps import Damping, positive
+from bncurv.lowrank.vectors import Vector
 from bncurv.precision import LANCZOS_TOLERANCE
 
 __all__ = [

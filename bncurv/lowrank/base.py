@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,9 @@ from torch import Tensor
 
 from bncurv.lowrank.lanczos import as_scipy, quadrature
 from bncurv.lowrank.matrix import orthonormal
+from bncurv.lowrank.steps import Damping, Directions, chosen, constant, per_direction, positive
 from bncurv.lowrank.vectors import Space, Vector
 from bncurv.precision import full_precision, ulp
-
-Damping = float | Tensor | Callable[[Tensor], Tensor]
-Directions = int | Callable[[Tensor], Sequence[int]] | None
 
 
 class GGN(ABC):
@@ -230,35 +228,10 @@ class GGN(ABC):
             ValueError: for a damping that is not positive or not one per direction; for more directions than `rank`.
             RuntimeError: see `solve`.
         """
-        if directions is None and not callable(damping) and torch.as_tensor(damping).dim() == 0:
+        if directions is None and constant(damping):
             return self.unflatten(-self._newton(positive(damping)))
-        keep = self._kept(directions)
-        return self.unflatten(-self._newton_along(keep, lambda values: self._per_direction(damping, values)))
-
-    def _kept(self, directions: Directions) -> Tensor:
-        """Indices of the directions asked for, 0 for the largest eigenvalue."""
-        if not callable(directions):
-            return torch.arange(self._number(directions), device=self.device)
-        rank = self.rank
-        ascending = [int(i) for i in directions(self.eigenvalues.flip(0))]
-        if not all(0 <= i < rank for i in ascending):
-            raise ValueError(f"directions gave the indices {ascending}; expected some of 0 … {rank - 1}, ascending.")
-        return torch.tensor([rank - 1 - i for i in ascending], dtype=torch.long, device=self.device)
-
-    def _per_direction(self, damping: Damping, values: Tensor) -> Tensor:
-        """δ_d of directions with these eigenvalues."""
-        delta = torch.as_tensor(damping(values) if callable(damping) else damping, dtype=self.dtype, device=self.device)
-        if delta.shape not in (torch.Size(), values.shape):
-            raise ValueError(
-                f"damping has shape {tuple(delta.shape)}; expected one value for each of {len(values)} directions."
-            )
-        if not bool((delta > 0).all()):
-            raise ValueError(f"damping={delta.tolist()}; expected positive numbers.")
-        return delta
-
-
-def positive(damping: Any) -> float:
-    """The damping as a number; ValueError unless it is positive."""
-    if not damping > 0:
-        raise ValueError(f"damping={damping}; expected a positive number, since G itself is singular.")
-    return float(damping)
+        if callable(directions):
+            keep = chosen(directions, self.eigenvalues)
+        else:
+            keep = torch.arange(self._number(directions), device=self.device)
+        return self.unflatten(-self._newton_along(keep, lambda values: per_direction(damping, values)))

@@ -99,17 +99,17 @@ class Damped(ABC):
         Raises:
             RuntimeError: where the last correction is not small.
         """
-        x, error = roughly(b), torch.ones(())
+        x, error = roughly(b), 1.0
         for _ in range(STEPS):
             correction = roughly(residual(x))
             x = x + correction
-            error = (correction.norm(dim=0) / x.norm(dim=0)).nan_to_num(0.0).amax()  # 0 / 0: nothing to correct
+            error = _largest(correction.norm(dim=0) / x.norm(dim=0))
             if error**2 <= self._ulp:  # what is left is smaller by the same factor
                 break
         self._refuse(error)
         return x
 
-    def _refuse(self, error: Tensor) -> None:
+    def _refuse(self, error: float) -> None:
         if not error <= WORST:
             raise RuntimeError(
                 f"the damping is too small for float64: the result would have a relative error of about {error:.0e}. "
@@ -138,7 +138,7 @@ class Wide(Damped):
         x = self._down(y)
         # where rows combine to zero, their parts of y are w / δ and cancel here
         size = ulp(y.dtype) * self.values[:1].sum().sqrt() * y.norm(dim=0)
-        self._refuse((size / x.norm(dim=0)).nan_to_num(0.0).amax())
+        self._refuse(_largest(size / x.norm(dim=0)))
         return x
 
     def along(self, w: Tensor, keep: Tensor, damping: Tensor) -> Tensor:
@@ -180,3 +180,8 @@ class Tall(Damped):
     def root(self, z: Tensor, damping: float) -> Tensor:
         """E (Λ + δ I)^(-1/2) Eᵀ z."""
         return self.vectors @ ((self.vectors.T @ z) * (self.values + damping).rsqrt()[:, None])
+
+
+def _largest(ratios: Tensor) -> float:
+    """0 / 0 counts as zero: nothing to correct."""
+    return float(ratios.nan_to_num(0.0).amax())

@@ -48,9 +48,11 @@ class RowMatrix:
         """Vᵀ u: ``[K, ...] → [D, ...]``."""
         found = u.new_zeros(self.shape[1], *u.shape[1:])
         with full_precision(u):
-            for rows, part in zip(self._rows, found.split([r.shape[1] for r in self._rows]), strict=True):
+            start = 0
+            for rows in self._rows:
+                p = slice(start, start := start + rows.shape[1])
                 for k in self._converted(len(rows), rows.shape[1], u.dtype):
-                    part += rows[k].to(u.dtype).T @ u[k]
+                    found[p] += rows[k].to(u.dtype).T @ u[k]
         return found
 
     def gram(self, dtype: torch.dtype) -> Tensor:
@@ -66,7 +68,15 @@ class RowMatrix:
 
     def trace(self) -> Tensor:
         """Of V Vᵀ, from the rows themselves."""
-        return torch.stack([torch.linalg.vector_norm(r).square() for r in self._rows]).sum()
+        norms = [torch.linalg.vector_norm(r, dtype=torch.float64) for r in self._rows]
+        return torch.stack(norms).square().sum().to(self.dtype)
+
+    @property
+    def extreme(self) -> bool:
+        """Whether squares of entries leave the range of the dtype, or its normal numbers, by far."""
+        ends = [end for r in self._rows if r.numel() for end in r.aminmax()]
+        size = max((abs(float(end)) for end in ends), default=0.0)
+        return size > 0 and not torch.finfo(self.dtype).tiny ** 0.4 < size < torch.finfo(self.dtype).max ** 0.4
 
 
 def gram(parts: Iterable[Tensor]) -> Tensor:

@@ -13,10 +13,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bncurv.lowrank.base import GGN, positive
+from bncurv.lowrank.base import GGN
 from bncurv.lowrank.damped import Damped, Tall, Wide
 from bncurv.lowrank.lanczos import eigenpairs
 from bncurv.lowrank.matrix import RowMatrix
+from bncurv.lowrank.steps import positive
 from bncurv.precision import full_precision
 
 DIRECT_SIZE = 1000  # smaller Gram matrices are decomposed directly, whatever ``top`` is
@@ -59,11 +60,12 @@ class LowRank(GGN):
     # ---------------------------------------------------------------- spectrum
     @cached_property
     def _small(self) -> Tensor:
-        return self._V.gram(self.dtype)
+        """The smaller of V Vᵀ and Vᵀ V, in float64 where squares leave the range of V's dtype."""
+        return self._V.gram(torch.float64 if self._V.extreme else self.dtype)
 
     @cached_property
     def _values(self) -> Tensor:
-        return self._decomposition[0] if self.top else torch.linalg.eigvalsh(self._small).flip(0)
+        return self._decomposition[0] if self.top else torch.linalg.eigvalsh(self._small).flip(0).to(self.dtype)
 
     @property
     def _iterative(self) -> bool:
@@ -77,8 +79,8 @@ class LowRank(GGN):
         if self.top and self._iterative:
             there, back = (self._V.down, self._V.up) if self._V.wide else (self._V.up, self._V.down)
             return eigenpairs(lambda u: back(there(u)), min(self.components, self.dim), self.top, self._space.like)
-        values, vectors = self._fine if self.dtype == torch.float64 else _descending(self._small)
-        return values[: self.top], vectors[:, : self.top]
+        values, vectors = self._fine if self._small.dtype == torch.float64 else _descending(self._small)
+        return values[: self.top].to(self.dtype), vectors[:, : self.top].to(self.dtype)
 
     def _vectors(self, k: int) -> Tensor:
         values, vectors = self._decomposition
@@ -95,13 +97,13 @@ class LowRank(GGN):
     @property
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of squared eigenvalues."""
-        return torch.linalg.matrix_norm(self._small)
+        return torch.linalg.matrix_norm(self._small.double()).to(self.dtype)
 
     # ---------------------------------------------------------------- matrix functions
     @cached_property
     def _fine(self) -> tuple[Tensor, Tensor]:
         """All eigenpairs of the smaller matrix, in float64."""
-        return _descending(self._small if self.dtype == torch.float64 else self._V.gram(torch.float64))
+        return _descending(self._small if self._small.dtype == torch.float64 else self._V.gram(torch.float64))
 
     @cached_property
     def _damped(self) -> Damped:
