@@ -98,10 +98,10 @@ DAMPINGS = {
 }
 
 
-@pytest.mark.parametrize("mixing", [0.01, 1.0])
+@pytest.mark.parametrize("mixing", [0.01, 100.0])
 def test_orthonormal_is_gram_schmidt(mixing):
     torch.manual_seed(0)
-    Q = torch.linalg.qr(torch.randn(9, 4).double())[0]
+    Q = torch.linalg.qr(torch.randn(9, 4).double())[0] * torch.tensor([1, -1, -1, 1])
     R = torch.eye(4).double() + mixing * torch.randn(4, 4).double().triu(1)
     assert torch.allclose(orthonormal(Q @ R), Q, atol=1e-12)
     assert orthonormal(Q[:, :0]).shape == (9, 0)
@@ -228,7 +228,7 @@ def test_a_gradient_outside_the_factors_range():
 @pytest.mark.parametrize("scale", [1e-20, 1e-17, 1e17, 1e18])
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5)], ids=NETS)
 def test_squares_outside_of_float32s_range(shape, scale):
-    """Eigenvalues and vectors as accurate as the rows; what float32 cannot hold is 0 or infinite."""
+    """Eigenvalues and vectors as accurate as the rows, as long as float32 can hold them."""
     torch.manual_seed(0)
     V = torch.randn(shape, dtype=torch.float64)
     ggn = LowRank({"a": (scale * V).float()}, torch.ones(len(V)), samples=torch.arange(len(V)))

@@ -132,7 +132,7 @@ def _conjugate_gradients(
     """
     r = b.double()
     x, image, p, rho = torch.zeros_like(r), torch.zeros_like(first(b)).double(), r, r @ r
-    for _ in range(CG_STEPS * len(b)):
+    for _ in range(1 + CG_STEPS * min(len(b), len(image))):
         if bool(rho.sqrt() <= CG_TOLERANCE[b.dtype] * enough(x, image).norm()):
             return x, image
         scale = p.norm()  # keeps the direction within the dtype's range

@@ -71,13 +71,6 @@ class RowMatrix:
         norms = [torch.linalg.vector_norm(r, dtype=torch.float64) for r in self._rows]
         return torch.stack(norms).square().sum().to(self.dtype)
 
-    @property
-    def extreme(self) -> bool:
-        """Whether squares of entries leave the range of the dtype, or its normal numbers, by far."""
-        ends = [end for r in self._rows if r.numel() for end in r.aminmax()]
-        size = max((abs(float(end)) for end in ends), default=0.0)
-        return size > 0 and not torch.finfo(self.dtype).tiny ** 0.4 < size < torch.finfo(self.dtype).max ** 0.4
-
 
 def gram(parts: Iterable[Tensor]) -> Tensor:
     """Σ_i X_i X_iᵀ of ``X_i [k, p_i]``: only blocks on and below the diagonal are computed, 5/8 of the products."""

@@ -60,12 +60,12 @@ class LowRank(GGN):
     # ---------------------------------------------------------------- spectrum
     @cached_property
     def _small(self) -> Tensor:
-        """The smaller of V Vᵀ and Vᵀ V, in float64 where squares leave the range of V's dtype."""
-        return self._V.gram(torch.float64 if self._V.extreme else self.dtype)
+        """The smaller of V Vᵀ and Vᵀ V."""
+        return self._V.gram(self.dtype)
 
     @cached_property
     def _values(self) -> Tensor:
-        return self._decomposition[0] if self.top else torch.linalg.eigvalsh(self._small).flip(0).to(self.dtype)
+        return self._decomposition[0] if self.top else torch.linalg.eigvalsh(self._small).flip(0)
 
     @property
     def _iterative(self) -> bool:
@@ -79,8 +79,8 @@ class LowRank(GGN):
         if self.top and self._iterative:
             there, back = (self._V.down, self._V.up) if self._V.wide else (self._V.up, self._V.down)
             return eigenpairs(lambda u: back(there(u)), min(self.components, self.dim), self.top, self._space.like)
-        values, vectors = self._fine if self._small.dtype == torch.float64 else _descending(self._small)
-        return values[: self.top].to(self.dtype), vectors[:, : self.top].to(self.dtype)
+        values, vectors = self._fine if self.dtype == torch.float64 else _descending(self._small)
+        return values[: self.top], vectors[:, : self.top]
 
     def _vectors(self, k: int) -> Tensor:
         values, vectors = self._decomposition
@@ -103,7 +103,7 @@ class LowRank(GGN):
     @cached_property
     def _fine(self) -> tuple[Tensor, Tensor]:
         """All eigenpairs of the smaller matrix, in float64."""
-        return _descending(self._small if self._small.dtype == torch.float64 else self._V.gram(torch.float64))
+        return _descending(self._small if self.dtype == torch.float64 else self._V.gram(torch.float64))
 
     @cached_property
     def _damped(self) -> Damped:
