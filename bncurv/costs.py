@@ -59,7 +59,7 @@ class Costs:
         """How many cotangents of the batch fit at the layers of a bit set of sites, with their parameters' rows."""
         calls = [call for j, call in self._calls.items() if sites >> j & 1]
         outputs = [call.output.numel() for call in calls]
-        widest = max(outputs + [p.numel() for call in calls for p in call.parameters.values() if rows], default=1)
+        widest = max([1, *outputs, *(p.numel() for call in calls for p in call.parameters.values() if rows)])
         return min(CHUNK_BYTES // (self._itemsize * max(1, sum(outputs))), WIDEST_BYTES // (self._itemsize * widest))
 
     def _batch(self, sites: int) -> int:

@@ -53,7 +53,7 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], single: bool = Fal
     half = pull(0.5 * probe)
     if not all(d <= EXACT[u.dtype] * size for d, size in _apart(half, ordinary, 0.5)):
         return Verdict.NOT_LINEAR
-    moved = [_apart(pull(factor * probe), ordinary, factor) for factor in (0.7, 0.9, 1.3)]
+    moved = [_apart(pull(factor * probe), ordinary, factor) for factor in (0.7, 0.9, 1.3, 0.55, 1.1, 1.7)]
     noise = [max(d for d, _ in by_factor) for by_factor in zip(*moved, strict=True)]
     floor = ROUNDING * torch.finfo(u.dtype).eps * max((size for _, size in apart), default=0.0)
     explained = (

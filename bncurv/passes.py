@@ -29,7 +29,8 @@ def vjp(outputs: Ends, edges: Ends, cotangents: list[Tensor], singly: bool = Fal
             raise
         except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
             pass
-    rows = [[_strided(g) for g in pull(outputs, edges, [t[i] for t in cotangents])] for i in range(count)]
+    # copies: the backward of `as_strided_scatter` reads a cotangent's storage from its beginning
+    rows = [[_strided(g) for g in pull(outputs, edges, [t[i].clone() for t in cotangents])] for i in range(count)]
     stack = torch.stack if count > 1 else lambda g: g[0][None]
     return [None if g[0] is None else stack(g) for g in zip(*rows, strict=True)]
 
@@ -131,7 +132,8 @@ class Passes:
         starts = outputs if isinstance(outputs, list) else [outputs]
         rows = vjp(starts, edges, several, self._singly)
         graph = self._gates if outputs is self.output else beyond
-        if graph and graph not in self._examined and (count > 1 or not self._trace.plain):
+        due = graph and graph not in self._examined and (count > 1 or not self._trace.plain)
+        if due and any(id(end) not in self._quiet for end in edges):
             self._examined.add(graph)
             rows = self._examine(starts[0], edges, several[0], rows)
         return rows

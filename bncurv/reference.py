@@ -243,7 +243,7 @@ def _jacobian(F: Tensor, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _pull_back(F: Tensor, chosen: dict[str, Tensor], cotangents: Tensor) -> dict[str, Tensor]:
     """Vector-Jacobian products of all cotangents, one ordinary backward pass each."""
-    rows = zip(*(_vjp(F, chosen, cotangent) for cotangent in cotangents), strict=True)
+    rows = zip(*(_vjp(F, chosen, cotangent.clone()) for cotangent in cotangents), strict=True)
     return {name: torch.stack(row) for name, row in zip(chosen, rows, strict=True)}
 
 

@@ -1,0 +1,59 @@
+"""Backward passes and their examination: what a network can make go wrong there."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Net, float64
+from test_exact import assert_close
+from torch import Tensor, nn
+
+from bncurv import ComponentGrad, DiagGGNExact, curvature, reference
+from bncurv.passes import vjp
+
+
+def test_cotangents_are_not_views():
+    """The backward of ``as_strided_scatter`` reads a cotangent's storage from its beginning."""
+    x = torch.randn(4, requires_grad=True)
+    u = torch.randn(3, 4)
+    pulled = [vjp([x.as_strided_scatter(x[:2] * 3, (2,), (2,), 0)], [x], [u], singly)[0] for singly in (False, True)]
+    assert torch.allclose(*pulled)
+
+
+@pytest.mark.parametrize("method", ["dense", "coupled"])
+def test_bias_before_a_batch_norm_alone(method):
+    """All of its rows are rounding: nothing is left to be compared."""
+    with float64(0):
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        X, y = torch.randn(5, 4), torch.randint(2, (5,))
+        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), params=["0.bias"], method=method)
+        assert float(res.diag_ggn_exact["0.bias"].abs().max()) < 1e-28
+
+
+@pytest.mark.parametrize("method", ["dense", "coupled"])
+def test_expert_that_gets_no_row_at_all(method):
+    """The only recorded call has no output."""
+    with float64(0):
+        model = Net(lambda net, x: torch.cat([x, net.a(x[:0])]), a=nn.Linear(3, 3))
+        X, y = torch.randn(5, 3), torch.randint(3, (5,))
+        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method=method)
+        assert not any(bool(t.any()) for t in [*res.diag_ggn_exact.values(), *res.grad_component.values()])
+        assert res.grad_component["a.weight"].shape == (5, 3, 3)
+
+
+@pytest.mark.filterwarnings("ignore::bncurv.SlowPathWarning")
+@pytest.mark.parametrize("method", ["dense", "coupled", "auto"])
+def test_batch_norm_with_a_computed_weight(method):
+    """Its own affine map is no layer product; the statistics are cut all the same."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        h = nn.functional.batch_norm(net.a(x), None, None, net.scale.exp(), 2 * net.shift, training=True)
+        return net.o(torch.tanh(h))
+
+    with float64(0):
+        parts = {name: nn.Parameter(torch.randn(5)) for name in ("scale", "shift")}
+        model, loss_fn = Net(forward, a=nn.Linear(4, 5), o=nn.Linear(5, 3), **parts), nn.CrossEntropyLoss()
+        X, y = torch.randn(7, 4), torch.randint(3, (7,))
+        res = curvature(model, loss_fn, (X, y), DiagGGNExact(), ComponentGrad(), method=method)
+        assert_close(res.diag_ggn_exact, reference.ggn_diagonal(model, loss_fn, X, y))
+        assert_close(res.grad_component, reference.component_gradients(model, loss_fn, X, y))
