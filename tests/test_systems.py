@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lib import decoupling, explosion, fisher, halfspaces, systems, transform
+from lib import covariate_shift, decoupling, explosion, fisher, halfspaces, systems, transform
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -192,3 +192,74 @@ def test_one_hidden_layer():
     torch.testing.assert_close(
         halfspaces.outside(torch.tensor([1.0, 2.0]), torch.tensor([[2.0], [0.0]])), torch.tensor([0.0, 2.0])
     )
+
+
+# --- covariate shift ------------------------------------------------------------------------------
+
+
+def test_gaussian_kl_and_moment_distance():
+    x = torch.randn(50, 3)
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    moved = 2 * x + 1
+    assert covariate_shift.gaussian_kl(x, x) == pytest.approx(0, abs=1e-12)
+    p, q = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(1.0, 2.0)
+    assert covariate_shift.gaussian_kl(x, moved) == pytest.approx(float(torch.distributions.kl_divergence(p, q)))
+    assert covariate_shift.gaussian_kl(moved, x) == pytest.approx(float(torch.distributions.kl_divergence(q, p)))
+    assert covariate_shift.moment_distance(moved, x) == pytest.approx(math.sqrt(2))
+    dead = torch.cat([x, torch.zeros(50, 1)], 1)  # a unit without variance does not count
+    assert covariate_shift.gaussian_kl(dead, torch.cat([moved, dead[:, 3:]], 1)) == pytest.approx(
+        covariate_shift.gaussian_kl(x, moved)
+    )
+
+
+def test_preactivations_stand_behind_the_batchnorm():
+    net, (X, _) = systems.mlp([64, 5, 10]).train(), systems.digits(20)
+    (seen,) = covariate_shift.preactivations(net, X)
+    torch.testing.assert_close(seen, net[:2](X))
+    assert all(not m._forward_pre_hooks for m in net.modules())
+
+
+def test_noisy_batchnorm():
+    layer, x = covariate_shift.NoisyBatchNorm(4), torch.randn(30, 4)
+    quiet = nn.BatchNorm1d(4)(x)
+    one, two = layer(x), layer(x)
+    scale = one.std(0) / quiet.std(0)
+    assert bool(((scale >= 1) & (scale <= 1.5)).all()) and float(one.detach().mean(0).abs().max()) <= 0.5
+    assert not one.equal(two)
+    torch.testing.assert_close(one, scale * quiet + one.mean(0))
+    assert layer.eval()(x).equal(layer(x))
+
+
+@pytest.mark.parametrize("bn", [True, False])
+def test_gradient_shift_is_a_step_of_descent(bn: bool):
+    """It moves the network as one step does, and sees the layers below moved and the others not."""
+    weights = [torch.randn(4, 64), torch.randn(4, 4), torch.randn(10, 4)]
+    data = systems.digits(12)
+    net, other = (covariate_shift.linear_net(weights, bn).train() for _ in range(2))
+    assert len(net) == (5 if bn else 3) and net[-1].weight.equal(weights[2])
+    cosines, changes = covariate_shift.gradient_shift(net, data, 0.01)
+    last = nn.functional.cross_entropy(other(data[0]), data[1])
+    G = torch.autograd.grad(last, other[-1].weight)[0]
+    held = [p.detach().clone() for p in other[-1].parameters()]
+    systems.train(other, data, 1, 0.01)
+    torch.testing.assert_close(dict(net.named_parameters()), dict(other.named_parameters()))
+    with torch.no_grad():
+        for p, value in zip(other[-1].parameters(), held, strict=True):
+            p.copy_(value)
+    moved = torch.autograd.grad(nn.functional.cross_entropy(other(data[0]), data[1]), other[-1].weight)[0]
+    assert len(cosines) == 2 and float(changes[-1]) == pytest.approx(float((G - moved).norm() / G.norm()))
+    assert float(cosines[-1]) == pytest.approx(float(torch.cosine_similarity(G.flatten(), moved.flatten(), dim=0)))
+
+
+def test_movement_of_a_network_that_stands_still():
+    net, data = systems.mlp([64, 5, 10]).train(), systems.digits(40)
+    assert covariate_shift.movement(net, data, 0.0, 2) == 0 < covariate_shift.movement(net, data, 0.1, 2)
+
+
+def test_steps_to():
+    net, data = systems.mlp([64, 16, 10]).train(), systems.digits(100)
+    assert systems.steps_to(net, data, 0.0, 0.3, most=10) == 0
+    assert systems.steps_to(net, data, 1.1, 0.3, most=10, batch_size=50) == 10
+    net = systems.mlp([64, 16, 10]).train()
+    steps = systems.steps_to(net, data, 0.9, 0.3, most=200, batch_size=50)
+    assert 0 < steps < 200 and steps % 5 == 0 and systems.accuracy(net, data) >= 0.9

@@ -222,6 +222,17 @@ def accuracy(model: nn.Module, data: Batch) -> float:
     return (model(data[0]).argmax(1) == data[1]).to(torch.get_default_dtype()).mean().item()
 
 
+def steps_to(
+    model: nn.Module, data: Batch, share: float, lr: float, *, most: int, batch_size: int = 128, seed: int = 0
+) -> int:
+    """Updates until so much of the data is classified right, looked at every fifth; ``most`` if that is not reached."""
+    for step in range(0, most, 5):
+        if accuracy(model, data) >= share:
+            return step
+        train(model, data, 5, lr, batch_size=batch_size, seed=1000 * seed + step)
+    return most
+
+
 # --- curvature ------------------------------------------------------------------------------------
 
 
