@@ -132,8 +132,8 @@ class Passes:
         starts = outputs if isinstance(outputs, list) else [outputs]
         rows = vjp(starts, edges, several, self._singly)
         graph = self._gates if outputs is self.output else beyond
-        due = graph and graph not in self._examined and (count > 1 or not self._trace.plain)
-        if due and any(id(end) not in self._quiet for end in edges):
+        due = graph is not None and graph not in self._examined and (count > 1 or not self._trace.plain)
+        if graph is not None and due and any(id(end) not in self._quiet for end in edges):
             self._examined.add(graph)
             rows = self._examine(starts[0], edges, several[0], rows)
         return rows
