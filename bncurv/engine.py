@@ -118,11 +118,12 @@ class Engine:
 
     # ---------------------------------------------------------------- which way
     def _without_product(self) -> list[str]:
-        """Parameters that must go the dense way: used outside the table, or in a layer with no sample axis."""
-        loose = {id(p) for p in self.trace.loose}
+        """Parameters that must go the dense way: used outside the table, on rows that are no samples, or hooked."""
+        loose, hooked = {id(p) for p in self.trace.loose}, self.structure.hooked
         slow = [name for name, p in self.wanted.items() if id(p) in loose]
         for name in self.structure.uses:
-            if any(self.trace.sites[j].call.output[0] % self.samples for j in self.structure.sites(name)):
+            sites = self.structure.sites(name)
+            if not sites.isdisjoint(hooked) or any(self.trace.sites[j].call.output[0] % self.samples for j in sites):
                 slow.append(name)
         return slow
 
@@ -131,9 +132,9 @@ class Engine:
             return "dense"
         if self.slow and self._columns:
             warn_slow(
-                f"No parameter product for {listed(self.slow)} (used outside the layer table, or on rows that are no "
-                "samples): exact, but by one backward pass per component (slow). Leave them out with params=..., or "
-                "add the layer with bncurv.register_layer."
+                f"No parameter product for {listed(self.slow)} (used outside the layer table, on rows that are no "
+                "samples, or below a tensor hook on a layer's output): exact, but by one backward pass per component "
+                "(slow). Leave them out with params=..., or add the layer with bncurv.register_layer."
             )
         if not self._columns:
             return "dense"

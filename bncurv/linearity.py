@@ -1,9 +1,8 @@
 """Whether backward passes are what they must be: rows of one fixed linear map, the same at once as one by one.
 
-An ordinary pass of a row's own cotangent must give that row, and one of a combination Σ_i w_i u_i of cotangents the
-combination Σ_i w_i of their rows. It does not where PyTorch's rule for batches of an operation is wrong, where a
-backward draws random numbers, clips or selects. Then powers of two tell these from rounding: a linear map of u / 2 is
-half of that of u, to the bit.
+An ordinary pass of a combination Σ_i w_i u_i of cotangents must give the combination Σ_i w_i of their rows. It does not
+where PyTorch's rule for batches of an operation is wrong, where a backward draws random numbers, clips or selects. Then
+powers of two tell these from rounding: a linear map of u / 2 is half of that of u, to the bit.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.precision import EXACT, ROUGHLY, ROUNDING
+from bncurv.probes import loudness, pattern, power_of_two
 
+FEW = 16  # rows that are compared
 Ends = Sequence[GradientEdge | Tensor]
 Pull = Callable[[Tensor], list[Tensor | None]]  # an ordinary pass: cotangent [1, *output] → [1, *edge] per edge
 
@@ -29,23 +30,19 @@ class Verdict(Enum):
     NOT_LINEAR = "ordinary passes are not linear, or not twice the same"
 
 
-def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], single: bool = False) -> Verdict:
+def examine(pull: Pull, u: Tensor, rows: list[Tensor | None]) -> Verdict:
     """Compare rows with an ordinary pass, and with a few more where they differ.
 
     Args:
         pull: an ordinary pass.
         u: the cotangents that were pulled, ``[q, *output]``.
         rows: what came of them, ``[q, *edge]`` per edge.
-        single: whether one row will do: the map is known to be linear.
     """
-    count = len(u)
-    if single or count == 1:
-        probe, expected = u[count // 2 :][:1], [None if r is None else r[count // 2 :][:1] for r in rows]
-    else:  # the first, the middle and the last
-        few = sorted({0, count // 2, count - 1})
-        weights = u.new_tensor([1.0, -0.75, 0.625])[: len(few)]
-        probe = torch.tensordot(weights, u[few], 1)[None]
-        expected = [None if r is None else torch.tensordot(weights, r[few], 1)[None] for r in rows]
+    few = range(len(u)) if len(u) <= FEW else sorted({int(len(u) * (0.6180339887 * i % 1)) for i in range(FEW)})
+    u, rows = u[list(few)], [None if r is None else r[list(few)] for r in rows]
+    weights = _weights(u, rows)
+    probe = torch.tensordot(weights, u, 1)[None]
+    expected = [None if r is None else torch.tensordot(weights, r, 1)[None] for r in rows]
     ordinary = pull(probe)
     apart = _apart(ordinary, expected)
     if all(d <= EXACT[u.dtype] * size for d, size in apart):
@@ -60,6 +57,20 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], single: bool = Fal
         d <= max(ROUGHLY[u.dtype] * size, ROUNDING * n, floor) for (d, size), n in zip(apart, noise, strict=True)
     )
     return Verdict.RIGHT if all(explained) else Verdict.OTHER_ROWS
+
+
+def _weights(u: Tensor, rows: list[Tensor | None]) -> Tensor:
+    """Weights ``[q]`` that make all rows as loud as the loudest, as far as digits allow: none may hide another.
+
+    Rows that are zero count for as loud as the others make them by their cotangents.
+    """
+    if len(u) == 1:
+        return u.new_ones(1)
+    sent, limits = loudness(u), torch.finfo(u.dtype)
+    found = torch.stack([torch.zeros_like(sent), *(loudness(r) for r in rows if r is not None)]).amax(0)
+    alike = (found / sent.clamp(min=limits.tiny)).amax() * sent
+    level = power_of_two(torch.where(found > 0, found.maximum(limits.eps**0.5 * alike), alike))
+    return pattern(sent.shape, u) * (level.amax() / level)
 
 
 def _apart(a: list[Tensor | None], b: list[Tensor | None], scale: float = 1.0) -> list[tuple[float, float]]:

@@ -152,7 +152,7 @@ class Passes:
         verdict, pull = self._verdict(start, [edges[i] for i in watched], u, [rows[i] for i in watched])
         if verdict is Verdict.OTHER_ROWS and len(u) > 1:
             rows, self._singly = vjp([start], edges, [u], singly=True), True
-            verdict = examine(pull, u, [rows[i] for i in watched])
+            verdict = Verdict.RIGHT if self._trace.plain else examine(pull, u, [rows[i] for i in watched])
             if verdict is Verdict.RIGHT:
                 warn_slow(
                     f"PyTorch's batched backward pass (torch.vmap) differs from ordinary ones {self._where(edges)}. "
@@ -178,7 +178,7 @@ class Passes:
         if len(u) == 1 and not self._trace.plain:  # one cotangent tells no linear map from another: beside a second one
             u = torch.cat([u, pattern(u.shape, u)])
             rows = pull(u)
-        return examine(pull, u, rows, self._trace.plain), pull
+        return examine(pull, u, rows), pull
 
     def demand_linear(self, edges: Ends, u: Tensor) -> None:
         """Raise RuntimeError unless passes of the output's cotangent ``u`` are those of a linear map."""

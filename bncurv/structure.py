@@ -29,6 +29,8 @@ class Structure:
         pulled_from: parameter name → couplings whose passes reach it, in forward order.
         width: by coupling, the number of its statistics.
         entries: parameter name → rows of P it needs: the statistics above it but for those directly above.
+        hooked: calls whose cotangent, or that of a coupling above them, is read at a tensor with a hook. PyTorch reads
+            it there before or after the hook, depending on what else it is asked for.
     """
 
     def __init__(self, trace: Trace, wanted: Mapping[str, Tensor]) -> None:
@@ -50,7 +52,15 @@ class Structure:
         self.pulled_from = {
             name: [j for j in self.couplings if not self.sites(name).isdisjoint(self.below[j])] for name in wanted
         }
+        self.hooked = self._find_hooked()
         self.entries = {name: sum(self.width[j] for j in above) for name, above in self.pulled_from.items()}
+
+    def _find_hooked(self) -> set[int]:
+        found: set[int] = set()
+        for j, site in enumerate(self._trace.sites):
+            if (site.edge.node, site.edge.output_nr) in self._trace.hooked:
+                found |= {j, *(self.calls_in(site.upstream) if site.mark.coupling else ())}
+        return found
 
     def sites(self, name: str) -> set[int]:
         """Sites that use a parameter."""

@@ -57,3 +57,39 @@ def test_batch_norm_with_a_computed_weight(method):
         res = curvature(model, loss_fn, (X, y), DiagGGNExact(), ComponentGrad(), method=method)
         assert_close(res.diag_ggn_exact, reference.ggn_diagonal(model, loss_fn, X, y))
         assert_close(res.grad_component, reference.component_gradients(model, loss_fn, X, y))
+
+
+def blind(x: Tensor) -> Tensor:
+    x.register_hook(lambda g: 0 * g)
+    return x
+
+
+@pytest.mark.filterwarnings("ignore::bncurv.SlowPathWarning")
+@pytest.mark.parametrize("method", ["dense", "coupled", "auto"])
+def test_hook_that_the_sum_does_not_show(method):
+    """Behind BatchNorm c a shift of its input is nothing, with b's hook or without: but not component by component."""
+    with float64(0):
+        parts = {"a": nn.Linear(4, 3), "b": nn.BatchNorm1d(3), "l": nn.Linear(3, 3), "c": nn.BatchNorm1d(3)}
+        model = Net(lambda net, x: net.o(torch.tanh(net.c(net.l(blind(net.b(net.a(x))))))), **parts, o=nn.Linear(3, 2))
+        X, y, loss_fn = torch.randn(6, 4), torch.randn(6, 2), nn.MSELoss()
+        for params in (["b.bias"], ["b.bias", "l.weight"], None):
+            res = curvature(model, loss_fn, (X, y), ComponentGrad(), DiagGGNExact(), params=params, method=method)
+            assert_close(res.grad_component, reference.component_gradients(model, loss_fn, X, y, params))
+            assert_close(res.diag_ggn_exact, reference.ggn_diagonal(model, loss_fn, X, y, params))
+
+
+@pytest.mark.parametrize("method", ["dense", "coupled"])
+def test_wrong_batching_rule_that_few_rows_show(method):
+    """Most columns of the loss get nothing back from these distances; the others are wrong in a batch."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        h = net.b(net.a(x))
+        return net.o(torch.where(torch.arange(len(x))[:, None] == 5, -torch.cdist(h, 0.5 * torch.eye(3), p=1), h * 0))
+
+    with float64(0):
+        model = Net(forward, a=nn.Linear(4, 3), b=nn.BatchNorm1d(3), o=nn.Linear(3, 2))
+        X, y, loss_fn = torch.randn(12, 4), torch.randint(2, (12,)), nn.CrossEntropyLoss()
+        with pytest.warns(UserWarning, match="go one by one"):
+            res = curvature(model, loss_fn, (X, y), DiagGGNExact(), ComponentGrad(), method=method)
+        assert_close(res.diag_ggn_exact, reference.ggn_diagonal(model, loss_fn, X, y))
+        assert_close(res.grad_component, reference.component_gradients(model, loss_fn, X, y))
