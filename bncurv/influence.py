@@ -54,7 +54,8 @@ class InfluenceProjection(Quantity):
     step. ``Results.influence_projection``, or ``.result`` after ``backward()``.
 
     Args:
-        direction: v by parameter name, ``[*p]`` each; parameters that it does not name count as zero.
+        direction: v by parameter name, ``[*p]`` each; parameters that it does not name count as zero. Default: the
+            gradient of the loss itself, at each mini-batch; the projections then sum to its squared norm.
 
     Raises:
         ValueError: for a direction that does not fit the parameters; else as `InfluenceGrad`.
@@ -62,23 +63,34 @@ class InfluenceProjection(Quantity):
 
     field = "influence_projection"
 
-    def __init__(self, direction: Mapping[str, Tensor]) -> None:
+    def __init__(self, direction: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.direction = dict(direction)
+        self.direction = None if direction is None else dict(direction)
         self.result: Tensor | None = None
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """A way of its own."""
-        unknown = [name for name in self.direction if name not in batch.parameters]
-        if unknown or not self.direction:
+        direction = self.direction
+        if direction is None:
+            gradients = torch.autograd.grad(
+                batch.output,
+                list(batch.parameters.values()),
+                batch.loss.gradient,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            direction = dict(zip(batch.parameters, gradients, strict=True))
+        unknown = [name for name in direction if name not in batch.parameters]
+        if unknown or not direction:
             raise ValueError(f"direction names {unknown or 'nothing'}; the parameters are {list(batch.parameters)}.")
-        for name, v in self.direction.items():
+        for name, v in direction.items():
             if v.shape != batch.parameters[name].shape:
                 raise ValueError(
                     f"direction['{name}'] has shape {tuple(v.shape)}; expected the parameter's, "
                     f"{tuple(batch.parameters[name].shape)}."
                 )
-        return {f"influence along {id(self)}": Influence(batch, self.direction)}
+        return {f"influence along {id(self)}": Influence(batch, direction)}
 
     def start(self, batch: Batch) -> Tensor:
         """Zeros ``[N]``."""

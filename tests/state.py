@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from bncurv import context, eager, turns
 
 COMPILER = "torch._dynamo.eval_frame"
+torch.vmap(torch.sin)(torch.zeros(1))  # what PyTorch imports at its first use adds a filter of warnings
 GLOBAL_HOOKS = [name for name in vars(torch_module) if name.startswith("_global_")]
 # newer than the oldest PyTorch that is supported: there, hooks left behind are not seen
 SAVED_TENSOR_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)

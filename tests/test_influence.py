@@ -164,6 +164,14 @@ def test_projections(name):
         assert torch.allclose(res.influence_projection, expected, atol=1e-13)
 
 
+def test_projections_on_the_gradient_itself_sum_to_its_squared_norm():
+    with float64(0):
+        model, loss_fn, X, y = problem("residual", 9, nn.CrossEntropyLoss())
+        found = curvature(model, loss_fn, (X, y), InfluenceProjection()).influence_projection
+        gradient = torch.autograd.grad(loss_fn(model(X), y), list(model.parameters()))
+        assert float(found.sum()) == pytest.approx(sum(float(g.square().sum()) for g in gradient), rel=1e-12)
+
+
 def test_projection_takes_two_passes():
     model, X, y = mlp(4, 6, 3), torch.randn(50, 4), torch.randint(3, (50,))
     v = {"0.weight": torch.ones(6, 4)}

@@ -87,8 +87,8 @@ def test_wrong_batching_rule_that_few_rows_show(method):
         return net.o(torch.where(torch.arange(len(x))[:, None] == 5, -torch.cdist(h, 0.5 * torch.eye(3), p=1), h * 0))
 
     with float64(0):
-        model = Net(forward, a=nn.Linear(4, 3), b=nn.BatchNorm1d(3), o=nn.Linear(3, 2))
-        X, y, loss_fn = torch.randn(12, 4), torch.randint(2, (12,)), nn.CrossEntropyLoss()
+        model = Net(forward, a=nn.Linear(4, 3), b=nn.BatchNorm1d(3), o=nn.Linear(3, 3))
+        X, y, loss_fn = torch.randn(12, 4), torch.randint(3, (12,)), nn.CrossEntropyLoss()
         with pytest.warns(UserWarning, match="go one by one"):
             res = curvature(model, loss_fn, (X, y), DiagGGNExact(), ComponentGrad(), method=method)
         assert_close(res.diag_ggn_exact, reference.ggn_diagonal(model, loss_fn, X, y))
