@@ -9,6 +9,7 @@ from typing import Any
 
 import backpack
 import numpy as np
+import sympy  # noqa: F401  PyTorch imports it at its first batched backward pass, which adds a filter of warnings
 import torch
 from backpack.context import CTX
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch.nn.modules import module as torch_module
 from bncurv import context, eager, turns
 
 COMPILER = "torch._dynamo.eval_frame"
-torch.vmap(torch.sin)(torch.zeros(1))  # what PyTorch imports at its first use adds a filter of warnings
 GLOBAL_HOOKS = [name for name in vars(torch_module) if name.startswith("_global_")]
 # newer than the oldest PyTorch that is supported: there, hooks left behind are not seen
 SAVED_TENSOR_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)
