@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lib import covariate_shift, decoupling, explosion, fisher, halfspaces, systems, transform
+from lib import covariate_shift, decoupling, explosion, fisher, halfspaces, smoothness, systems, transform
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -263,3 +263,52 @@ def test_steps_to():
     net = systems.mlp([64, 16, 10]).train()
     steps = systems.steps_to(net, data, 0.9, 0.3, most=200, batch_size=50)
     assert 0 < steps < 200 and steps % 5 == 0 and systems.accuracy(net, data) >= 0.9
+
+
+# --- smoothness -----------------------------------------------------------------------------------
+
+
+def test_gradient_bound_is_reached():
+    y, g = torch.randn(9), torch.randn(9)
+    through = transform.jacobian(y, 1.7, 0.0) @ g
+    assert float(smoothness.gradient_bound(g, y, 1.7)) == pytest.approx(float(through @ through))
+
+
+def test_isometry_is_the_worst_input():
+    X, v = smoothness.isometry(4, 7, 3.0), torch.randn(4)
+    torch.testing.assert_close(X @ X.T, 9 * torch.eye(4), rtol=0, atol=1e-12)
+    assert float((X.T @ v).norm()) == pytest.approx(3 * float(v.norm()))
+
+
+def test_printed_weight_bound():
+    y, g = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 3.0])  # ŷ = y, <g, ŷ> = -2, ‖g‖² = 10, mean 2
+    assert float(smoothness.printed_weight_bound(g, y, 1.0, 2.0)) == pytest.approx(40**2 - 2 * 4 - 4 * 4)
+
+
+def test_nearest_rescaling():
+    target, start = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 5.0])
+    assert smoothness.nearest_rescaling(target, start).tolist() == [1, 0]
+    assert smoothness.nearest_rescaling(target, -start).tolist() == [0, 0]
+
+
+def test_along_gradient():
+    net, data = systems.mlp([64, 5, 10]).train(), systems.digits(30)
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def loss_and_gradient() -> tuple[float, Tensor]:
+        loss = nn.functional.cross_entropy(net(data[0]), data[1])
+        return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+    found = smoothness.along_gradient(net, data, [0.1, 0.5])
+    assert all(p.equal(old) for p, old in zip(net.parameters(), before, strict=True))
+    _, here = loss_and_gradient()
+    seen = []
+    for size in (0.1, 0.4):  # the second goes on in the first one's direction
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), here.split([p.numel() for p in net.parameters()]), strict=True):
+                p -= size * g.view_as(p)
+        seen.append(loss_and_gradient())
+    changes = [float((here - g).norm()) for _, g in seen]
+    assert found["range"] == pytest.approx(abs(seen[0][0] - seen[1][0]))
+    assert found["change"] == pytest.approx(max(changes))
+    assert found["beta"] == pytest.approx(max(changes[0] / 0.1, changes[1] / 0.5) / float(here.norm()))
