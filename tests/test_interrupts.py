@@ -64,8 +64,6 @@ def beside_backpack(model: nn.Module, loss_fn: nn.Module) -> None:
 CALLS = [by_curvature, by_gesture, beside_backpack]
 # what the user's own forward and backward pass change, and the results
 OWN = "buffer", "grad", "random state", "attributes"
-# Python calls __exit__ once and from nowhere: what is raised at its very first line is raised before it has begun
-FIRST_LINE_OF_EXIT = "context.py:_end:1"
 
 
 class AtLine:
@@ -79,7 +77,7 @@ class AtLine:
             return None
         if event == "line":
             self.seen.append((frame.f_code, frame.f_lineno))
-            if len(self.seen) == self.at and self.name(self.seen[-1]) != FIRST_LINE_OF_EXIT:
+            if len(self.seen) == self.at:
                 raise KeyboardInterrupt
         return self
 
