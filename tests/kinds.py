@@ -240,7 +240,8 @@ INSIDE: dict[str, Act] = {
     "quiet_9": lambda x: loud(x, 1e-9),
     "silent": lambda x: loud(x, 0.0),
     "scale_15": lambda x: 1e15 * x,
-    "scale_-15": lambda x: 1e-15 * x,
+    "scale_-15": lambda x: 1e15 * (1e-15 * x).sin(),
+    "scale_-6": lambda x: 1e-6 * x,
     "offset": lambda x: x + 100,
 }
 
@@ -366,7 +367,18 @@ AROUND: dict[str, Run] = {
 
 STRICT = HALF | NESTED
 MIXING = {*MIXED, *REFUSED, "halves", "doubled", "some", "checkpoint"}
-SCALING = {"loud_5", "loud_13", "quiet_9", "silent", "scale_15", "scale_-15", "offset", "loud_rolled", "hook_nothing"}
+SCALING = {
+    "loud_5",
+    "loud_13",
+    "quiet_9",
+    "silent",
+    "scale_15",
+    "scale_-15",
+    "scale_-6",
+    "offset",
+    "loud_rolled",
+    "hook_nothing",
+}
 NOT_LINEAR = RuntimeError, "is not one fixed linear map of the incoming gradient"
 ERRORS: dict[str, tuple[type[Exception], str]] = {
     **dict.fromkeys(REFUSED, NOT_LINEAR),
