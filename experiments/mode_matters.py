@@ -6,8 +6,9 @@ Widely used Hessian tools put the model into eval mode by themselves, and conclu
 does not smooth shallow residual networks (Yao et al. 2020). Here λ_max and trace of the GGN over training, for residual
 networks of two depths with and without BatchNorm, He initialisation for both, in every mode. float32.
 
-At three blocks the network without BatchNorm does not learn for every seed (the row prints accuracies). Where it stays at
-chance its λ_max may be below all others and the order breaks: with --seed 3 it holds in five of six runs, and X17 fails.
+At three blocks the network without BatchNorm does not learn for every seed (the row prints accuracies). Where it stays
+at chance its λ_max may be below all others and the order breaks: with --seed 3 it holds in five of six runs, and X17
+fails.
 """
 
 from __future__ import annotations
