@@ -68,8 +68,7 @@ class RowMatrix:
 
     def trace(self) -> Tensor:
         """Of V Vᵀ, from the rows themselves."""
-        norms = [torch.linalg.vector_norm(r, dtype=torch.float64) for r in self._rows]
-        return torch.stack(norms).square().sum().to(self.dtype)
+        return torch.stack([torch.linalg.vector_norm(r).square() for r in self._rows]).sum()
 
 
 def gram(parts: Iterable[Tensor]) -> Tensor:
