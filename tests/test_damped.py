@@ -146,11 +146,14 @@ def test_a_damping_below_what_float64_resolves_is_refused():
             call()
 
 
-def test_far_below_the_largest_eigenvalue():
-    """Refinement goes on as long as it must."""
-    V = rows((5, 11), 1e-3, torch.float64)
-    ggn, v = LowRank({"a": V}, torch.ones(5), samples=torch.arange(5)), torch.randn(11, 1, dtype=torch.float64)
-    assert error(ggn.solve(v, 1e-13), exact(V, matrix(v), 1e-13)) <= 1e-10
+@pytest.mark.parametrize("shape, smallest", [("wide", 1e-7), ("tall", 1e-6)])
+def test_far_below_the_largest_eigenvalue(shape, smallest):
+    """Refinement goes on as long as it must: one step leaves 1e-7."""
+    V, w = rows(SHAPES[shape], smallest, torch.float64), torch.randn(SHAPES[shape][0], dtype=torch.float64)
+    ggn, v = LowRank({"a": V}, w, samples=torch.arange(len(V))), torch.randn(V.shape[1], 1, dtype=torch.float64)
+    want = exact(V, matrix(V).T * matrix(w), 1e-13)
+    assert error(-flat(ggn, ggn.newton_step(1e-13)), want) <= 3e-9
+    assert error(ggn.solve(v, 1e-13), exact(V, matrix(v), 1e-13)) <= 1e-9
 
 
 def test_rows_that_combine_to_zero():

@@ -58,6 +58,18 @@ def test_several_batches():
     assert torch.allclose(got.flatten(step), want.flatten(expected), rtol=1e-6, atol=1e-9)
 
 
+def test_pixels():
+    """Several positions of several classes per sample."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 4, 1)).double()
+    data = torch.randn(3, 2, 2, 3).double(), torch.randint(4, (3, 2, 3))
+    got, want = free(model, data), curvature(model, nn.CrossEntropyLoss(), data, LowRankGGN()).ggn
+    v = torch.randn(want.dim, 2).double()
+    assert torch.allclose(got @ v, want @ v, rtol=1e-9, atol=1e-13)
+    assert torch.allclose(got.curvatures(2), want.curvatures(2), rtol=1e-6, atol=1e-9)
+    assert torch.allclose(got.flatten(got.newton_step(0.1)), want.flatten(want.newton_step(0.1)), rtol=1e-7, atol=1e-10)
+
+
 def test_top_is_below_the_number_of_parameters():
     model, (batch,) = nn.Linear(4, 3).double(), batches(12)
     assert free(model, batch, top=14).rank <= 14
@@ -203,6 +215,48 @@ def test_attributes_and_parts_of_the_input_are_noticed(part, what):
     {"mask": model.mask, "a": X["a"][0], "b": X["b"]}[part].data.mul_(2)
     with pytest.raises(RuntimeError, match=f"stale: {what} has changed"):
         ggn @ torch.ones(ggn.dim).double()
+
+
+class Scaled(torch.autograd.Function):
+    """Saves what it is multiplied by, or keeps it on its context."""
+
+    @staticmethod
+    def forward(ctx, x, saved, kept):
+        ctx.save_for_backward(saved)
+        ctx.kept = kept
+        return x * saved.exp() * kept.exp()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp() * ctx.kept.exp(), None, None
+
+
+class Custom(nn.Module):
+    """A custom function, and a batch normalisation past ``torch.nn.functional`` that moves its statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+        for name in ("saved", "kept", "mean", "variance"):
+            self.register_buffer(name, 1 + torch.rand(3).double())
+
+    def forward(self, x):
+        x = Scaled.apply(self.layer(x), self.saved, self.kept)
+        return torch.batch_norm(x, None, None, self.mean, self.variance, True, 0.1, 1e-5, False)
+
+
+@pytest.mark.filterwarnings("ignore::bncurv.SlowPathWarning")
+@pytest.mark.parametrize("name, read", [("saved", True), ("kept", True), ("mean", False), ("variance", False)])
+def test_what_custom_functions_read_is_noticed(name, read):
+    model, (batch,) = Custom(), batches(12)
+    ggn, v = free(model, batch), torch.ones(15).double()
+    before = ggn @ v
+    getattr(model, name).data.mul_(2)
+    if not read:
+        assert torch.equal(ggn @ v, before)
+        return
+    with pytest.raises(RuntimeError, match=f"stale: buffer '{name}' has changed"):
+        ggn @ v
 
 
 @pytest.mark.parametrize("use", USES)

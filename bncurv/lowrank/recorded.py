@@ -129,7 +129,8 @@ def _read_by(outputs: Iterable[Tensor]) -> tuple[set[int], set[int], bool]:
 def _saved(node: Node) -> Iterator[Tensor]:
     """Tensors that a node of the graph holds: saved by PyTorch or by a custom function, or on its context."""
     names = [name for name in dir(node) if name.startswith("_saved_")]
-    if getattr(node, "_saved_training", False):  # a batch normalisation that does not read its running statistics
+    # a batch normalisation, or its backward pass, that does not read its running statistics
+    if getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False):
         names = [name for name in names if not name.startswith("_saved_running")]
     values: list[Any] = [getattr(node, name) for name in names]
     values += [getattr(node, "saved_tensors", ()), *getattr(node, "__dict__", {}).values()]
