@@ -75,13 +75,13 @@ def _weights(u: Tensor, rows: list[Tensor | None]) -> Tensor:
 
 def _apart(a: list[Tensor | None], b: list[Tensor | None], scale: float = 1.0) -> list[tuple[float, float]]:
     """By edge: largest difference of a / scale from b, and largest entry."""
+    known = {i: x if y is None else y for i, (x, y) in enumerate(zip(a, b, strict=True))}
+    shapes = {i: t for i, t in known.items() if t is not None and t.numel()}
     found: list[Tensor] = []
-    for x, y in zip(a, b, strict=True):
-        known = x if y is None else y
-        if known is None or not known.numel():
-            continue
-        x = torch.zeros_like(known) if x is None else x if scale == 1 else x / scale
-        y = torch.zeros_like(known) if y is None else y
+    for i, like in shapes.items():
+        x, y = (torch.zeros_like(like) if t is None else t for t in (a[i], b[i]))
+        x = x if scale == 1 else x / scale
         found += [(x - y).abs().amax(), x.abs().amax()]
     flat = torch.stack(found).tolist() if found else []  # one wait for the device
-    return list(zip(flat[::2], flat[1::2], strict=True))
+    apart = dict(zip(shapes, zip(flat[::2], flat[1::2], strict=True), strict=True))
+    return [apart.get(i, (0.0, 0.0)) for i in known]

@@ -1,5 +1,6 @@
 """Backward passes and their examination: what a network can make go wrong there."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from test_exact import assert_close
 from torch import Tensor, nn
 
 from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, reference
+from bncurv.certificate import leaks
+from bncurv.linearity import Verdict, examine
 from bncurv.passes import vjp
 
 
@@ -93,3 +96,39 @@ def test_wrong_batching_rule_that_few_rows_show(method):
             res = curvature(model, loss_fn, (X, y), DiagGGNExact(), ComponentGrad(), method=method)
         assert_close(res.diag_ggn_exact, reference.ggn_diagonal(model, loss_fn, X, y))
         assert_close(res.grad_component, reference.component_gradients(model, loss_fn, X, y))
+
+
+# ---------------------------------------------------------------------------- the examination itself
+@pytest.mark.parametrize("rows,ordinary", [(None, 1.0), (1.0, None), (1.0, 0.5), (0.0, 1.0)])
+def test_rows_that_an_ordinary_pass_does_not_give(rows, ordinary):
+    """``None`` is zero: nothing comes back along that edge."""
+    u = torch.randn(4, 3, dtype=torch.float64)
+    given = None if rows is None else rows * u
+    assert examine(lambda v: [None if ordinary is None else ordinary * v], u, [given]) is Verdict.OTHER_ROWS
+
+
+def test_quiet_rows_do_not_hide_behind_loud_ones():
+    """One row is wrong, and a millionth of the others."""
+    u = torch.randn(6, 3, dtype=torch.float64)
+    gain = torch.ones(6, 1, dtype=torch.float64)
+    gain[4] = 1e-12
+    rows = gain * u
+    assert examine(lambda v: [v], u * gain, [rows]) is Verdict.RIGHT
+    rows[4] *= 1 + 1e-3
+    assert examine(lambda v: [v], u * gain, [rows]) is Verdict.OTHER_ROWS
+
+
+def test_edge_that_no_scaled_cotangent_reaches():
+    u = torch.randn(4, 3)
+    assert leaks(lambda v: [None], u, [u], 4) and not leaks(lambda v: [2 * v], u, [2 * u], 4)
+
+
+def test_pytorchs_hint_is_on_again():
+    """It asks to report an operation that it cannot batch; silent during our passes only."""
+    layer, X = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), torch.randn(5, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        curvature(nn.Sequential(layer), nn.MSELoss(), (X, torch.randn(5, 3)), DiagGGNExact(), method="dense")
+    y, parameters = layer(X), list(layer.parameters())
+    with pytest.warns(UserWarning, match="batching rule"):
+        torch.vmap(lambda u: torch.autograd.grad(y, parameters, u, retain_graph=True))(torch.randn(2, 5, 3))
