@@ -118,6 +118,35 @@ def test_quiet_rows_do_not_hide_behind_loud_ones():
     assert examine(lambda v: [v], u * gain, [rows]) is Verdict.OTHER_ROWS
 
 
+def test_rows_that_vanish_do_not_drown_the_others():
+    """What rounding leaves of one cotangent is no reason to blow it up."""
+    d = torch.nn.functional.normalize(torch.randn(7, dtype=torch.float64), dim=0)
+    projection, u = torch.eye(7, dtype=torch.float64) - torch.outer(d, d), torch.randn(4, 7, dtype=torch.float64)
+    u[3] = d
+    rows = u @ projection
+    assert 0 < float(rows[3].abs().max()) < 1e-15
+    assert examine(lambda v: [v @ projection], u, [rows]) is Verdict.RIGHT
+    rows[1] *= 1 + 1e-3
+    assert examine(lambda v: [v @ projection], u, [rows]) is Verdict.OTHER_ROWS
+
+
+def test_rows_are_picked_from_all():
+    u = torch.randn(200, 3, dtype=torch.float64)
+    wrong = 1 + 1e-3 * (torch.arange(200) > 100)[:, None]
+    assert examine(lambda v: [v], u, [wrong * u]) is Verdict.OTHER_ROWS
+
+
+@pytest.mark.parametrize("samples", [4, 60])
+def test_examination_takes_one_pass(samples, monkeypatch):
+    """Also where rows are nothing but rounding: those of a bias before a BatchNorm."""
+    model, passes = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), []
+    own = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (passes.append(1), own(*args, **kwargs))[1])
+    data = torch.randn(samples, 4), torch.randint(2, (samples,))
+    curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), method="dense")
+    assert len(passes) == 2
+
+
 def test_edge_that_no_scaled_cotangent_reaches():
     u = torch.randn(4, 3)
     assert leaks(lambda v: [None], u, [u], 4) and not leaks(lambda v: [2 * v], u, [2 * u], 4)
