@@ -394,6 +394,9 @@ class Inside(nn.Module):
         super().__init__()
         self.kind = kind
 
+    def extra_repr(self) -> str:
+        return self.kind
+
     def forward(self, x: Tensor) -> Tensor:
         return (INSIDE | REFUSED | MIXED | STRICT)[self.kind](x)
 
@@ -404,6 +407,9 @@ class Around(nn.Module):
     def __init__(self, kind: str, *branch: nn.Module) -> None:
         super().__init__()
         self.kind, self.branch = kind, nn.Sequential(*branch)
+
+    def extra_repr(self) -> str:
+        return self.kind
 
     def forward(self, x: Tensor) -> Tensor:
         return AROUND[self.kind](self.branch, x)

@@ -8,6 +8,7 @@ import torch
 from cases import Net, float64
 from test_exact import assert_close
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, reference
 from bncurv.certificate import leaks
@@ -145,6 +146,51 @@ def test_examination_takes_one_pass(samples, monkeypatch):
     data = torch.randn(samples, 4), torch.randint(2, (samples,))
     curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), method="dense")
     assert len(passes) == 2
+
+
+def test_rows_that_vanish_wrongly():
+    """However small the others are."""
+    u = torch.randn(4, 3, dtype=torch.float64)
+    rows = 1e-9 * u
+    rows[2] = 0
+    assert examine(lambda v: [1e-9 * v], u, [rows]) is Verdict.OTHER_ROWS
+
+
+def test_rounding_is_none_of_an_examinations_business():
+    """Two products in another order; and what is rounding beside another edge."""
+    d = torch.nn.functional.normalize(torch.randn(7, dtype=torch.float64), dim=0)
+    into, out = (
+        torch.outer(torch.randn(7, dtype=torch.float64), d),
+        torch.eye(7, dtype=torch.float64) - torch.outer(d, d),
+    )
+    u = torch.randn(4, 7, dtype=torch.float64)
+    assert not torch.allclose(u @ into @ out, u @ (into @ out), rtol=0.1, atol=0)
+    assert examine(lambda v: [v @ into @ out], u, [u @ (into @ out)]) is Verdict.RIGHT
+    assert examine(lambda v: [v, 1e-16 * v.abs()], u, [u, 1e-16 * u.abs()]) is Verdict.RIGHT
+    assert examine(lambda v: [v.abs()], u, [u.abs()]) is Verdict.OTHER_ROWS
+
+
+# ---------------------------------------------------------------------------- the certificate itself
+def test_coupling_of_samples_whose_last_digits_agree():
+    """Sample n feels n - 32 only, which has the same last digit, and all are equally loud."""
+    u = torch.ones(64, 3)
+    couple = lambda v: [v + 0.5 * v.roll(32, 0)]  # noqa: E731
+    assert leaks(couple, u, couple(u), 64)
+
+
+def test_coupling_below_the_rounding_of_a_loud_sample():
+    """It is made as loud as the other one before it is looked for."""
+    u = torch.tensor([[1e20], [1.0]], dtype=torch.float64)
+    couple = lambda v: [v + torch.stack([v[1], 0 * v[1]])]  # noqa: E731
+    assert torch.equal(couple(u)[0], u) and leaks(couple, u, couple(u), 2)
+
+
+def test_batch_norm_that_cannot_be_cut_is_named():
+    layers = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    model = Net(lambda net, x: net.o(checkpoint(net.layers, x, use_reentrant=False)), layers=layers, o=nn.Linear(3, 2))
+    with pytest.raises(RuntimeError, match="'layers.1' is a BatchNorm inside torch.utils.checkpoint, where it cannot"):
+        data = torch.randn(5, 4), torch.randint(2, (5,))
+        curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), method="coupled")
 
 
 def test_edge_that_no_scaled_cotangent_reaches():
