@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, reference
+from bncurv.agreement import Sum, disagreeing
 from bncurv.certificate import leaks
 from bncurv.linearity import Verdict, examine
 from bncurv.passes import vjp
@@ -207,3 +208,53 @@ def test_pytorchs_hint_is_on_again():
     y, parameters = layer(X), list(layer.parameters())
     with pytest.warns(UserWarning, match="batching rule"):
         torch.vmap(lambda u: torch.autograd.grad(y, parameters, u, retain_graph=True))(torch.randn(2, 5, 3))
+
+
+# ---------------------------------------------------------------------------- the coupled way against an ordinary pass
+def noisy(u: Tensor) -> dict[str, Tensor]:
+    """A parameter of which an ordinary pass gives nothing but rounding."""
+    return {"p": 1e-16 * torch.sin(1e6 * u)}
+
+
+def test_two_kinds_of_rounding_are_no_disagreement():
+    """The coupled way's is larger, but nothing is there to be lost."""
+    u, value = torch.randn(5, dtype=torch.float64), torch.full((5,), 1e-14, dtype=torch.float64)
+    assert not disagreeing(noisy, u, {"p": Sum(value, terms=1.0)}, lambda name: 0.0)
+    assert disagreeing(noisy, u, {"p": Sum(value, terms=1e-3)}, lambda name: 0.0)["p"].cancelled is False
+    assert disagreeing(lambda u: {"p": 1e-9 * u}, u, {"p": Sum(1e-9 * u + value, terms=1.0)}, float)["p"].cancelled
+
+
+def test_checks_of_the_coupled_way_take_few_passes(monkeypatch):
+    """Also where rows are nothing but rounding."""
+    passes, own = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (passes.append(1), own(*args, **kwargs))[1])
+    with float64(0):
+        layers = [nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 3), nn.BatchNorm1d(3)]
+        model, data = nn.Sequential(*layers, nn.Linear(3, 3)), (torch.randn(20, 4), torch.randint(3, (20,)))
+        res = curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), method="coupled")
+    assert res.passes == 2 + 6  # columns; statistics of the upper BatchNorm, all at once each
+    assert len(passes) == 2 + 4  # a row of the columns again, the certificate's probe and its scaled one, the sum
+
+
+@pytest.mark.parametrize("hooked", ["c", "d"])
+def test_parameters_below_a_tensor_hook_are_said(hooked):
+    """And are all: neither what is above nor, below a hooked layer, what lies below its BatchNorm."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        for name in "abcd":
+            x = getattr(net, name)(x)
+            x = halved(x) if name == hooked else x
+        return net.o(torch.tanh(x))
+
+    with float64(0), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        parts = {"a": nn.Linear(4, 3), "b": nn.BatchNorm1d(3), "c": nn.Linear(3, 3), "d": nn.BatchNorm1d(3)}
+        model, data = Net(forward, **parts, o=nn.Linear(3, 2)), (torch.randn(9, 4), torch.randint(2, (9,)))
+        curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), method="coupled")
+    below = {"c": "'c.weight', 'c.bias'", "d": "'a.weight', 'a.bias', 'b.weight', 'b.bias', 'c.weight'"}[hooked]
+    assert len(said) == 1 and f"No parameter product for {below}" in str(said[0].message)
+
+
+def halved(x: Tensor) -> Tensor:
+    x.register_hook(lambda g: 0.5 * g)
+    return x
