@@ -4,9 +4,10 @@ The pull-back with constant statistics is block-diagonal over samples if and onl
 scales all gradients of sample n by f_n and does nothing else. That is checked at every recorded layer, entry by entry,
 for all pairs of samples: coupling of n' with n leaves (f_n' / f_n - 1) J_nn' u_n' behind in row n. The f_n are powers
 of two, by which rounding commutes: without coupling nothing at all is left, also where a gradient cancels down to
-rounding. They are 2^digit / loudness: two samples differ in at least one base-32 digit of their indices, one pass per
-digit; and the loudness, sample n's largest gradient, makes what a quiet sample leaves in a loud one's row as large as
-it is beside its own. The cotangents u are the loss' own columns, mixed: what they do not reach plays no part.
+rounding. They are 2^digit / loudness. The loudness, sample n's largest gradient, makes what a quiet sample leaves in a
+loud one's row as large as it is beside its own. The digits are those of n's rank, the quieter the higher, to base 32,
+one pass per digit: the highest digit in which two samples differ adds to what their loudness makes of f. The cotangents
+u are the loss' own columns, mixed: what they do not reach plays no part.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def leaks(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, samp
     if not before:
         return False
     sizes = [loudness(p) for p in before]
-    equal = 1 / power_of_two(torch.stack(sizes).amax(0))
-    digits, place = torch.arange(samples, device=u.device), 1
+    level, place = power_of_two(torch.stack(sizes).amax(0)), 1
+    rank = level.argsort(descending=True).argsort()
     while place < samples:
-        scale = torch.ldexp(equal, digits // place % BASE)
+        scale = torch.ldexp(1 / level, rank // place % BASE)
         scaled = pull(u * scale.repeat_interleave(len(u) // samples).view(-1, *(1,) * (u.dim() - 1)).to(u.dtype))
         for i, p, size in zip(checked, before, sizes, strict=True):
             after = scaled[i]

@@ -179,6 +179,14 @@ def test_coupling_of_samples_whose_last_digits_agree():
     assert leaks(couple, u, couple(u), 64)
 
 
+@pytest.mark.parametrize("sizes", [(1.0, 2.0, 4.0), (4.0, 2.0, 1.0), (1.0, 0.5, 1.0)])
+def test_coupling_of_samples_whose_loudness_makes_up_for_their_place(sizes):
+    u = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    for shift in (1, 2):
+        couple = lambda v, shift=shift: [v + 1e-3 * v.roll(shift, 0)]  # noqa: E731
+        assert leaks(couple, u, couple(u), 3)
+
+
 def test_coupling_below_the_rounding_of_a_loud_sample():
     """It is made as loud as the other one before it is looked for."""
     u = torch.tensor([[1e20], [1.0]], dtype=torch.float64)
