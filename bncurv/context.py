@@ -111,17 +111,17 @@ class Block:
         """
         hooks = backpack_package.hook_store_io, backpack_package.hook_run_extensions
         tables = [table for m, _ in bare for table in (m._forward_hooks, m._backward_hooks)]
-        keys = {key for table in tables for key, hook in table.items() if hook in hooks}
+        keys = {key for table in tables for key, hook in list(table.items()) if hook in hooks}
         CTX.hook_handles[:] = [handle for handle in CTX.hook_handles if handle.id not in keys]
-        for table in tables:
-            for key in keys & set(table):
-                del table[key]
+        for table in tables:  # a thread that trains beside may be taking out the same: no key is sure to be there
+            for key in keys:
+                table.pop(key, None)
         used_later = self.ended_well and any(isinstance(e, (HMP, GGNMP, PCHMP)) for e in self.context.exts)
         stored = _JOINED if used_later else rf"{_JOINED}|output|input\d+"
         for m, attributes in bare:
             for name in set(vars(m)) - attributes:
                 if re.fullmatch(stored, name):
-                    delattr(m, name)
+                    vars(m).pop(name, None)
 
     def complain(self) -> None:
         """Raise RuntimeError if a quantity never ran."""
