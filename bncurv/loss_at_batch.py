@@ -2,25 +2,28 @@
 
 The gradient is autograd's of the very call ``loss_fn(output, y)``, in the model's dtype, whatever the loss is. The
 factor is the table's (``losses.py``), in float64, and stands for the loss only where gradient and Hessian of the call
-agree with it. PyTorch's own losses, as they are, need neither autograd nor comparison: the table's formulas are theirs.
+agree with it; any other loss has its factor by autograd (``hessian.py``). PyTorch's own losses, as they are, module or
+function, need neither autograd nor comparison: the table's formulas are theirs.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import Tensor
 
-from bncurv.losses import LOSSES, PYTORCHS, Factor, Known, Loss, check_loss, find_loss, name_of, source_of
+from bncurv.factor import Factor, by_position, normal_columns, rademacher_columns
+from bncurv.hessian import Hessian, factor_by_autograd
+from bncurv.loss_calls import as_module, callable_of, cast, plain_rule, twin, user_hooks
+from bncurv.losses import Loss, check_loss, find_loss, is_inherited, name_of
+from bncurv.precision import CONVEX, ROUGHLY
 from bncurv.probes import pattern
-
-# What PyTorch runs for its own modules: their formulas are held against autograd by the tests, not at every use
-_VERIFIED = [(rule, module_class.forward) for module_class, rule in PYTORCHS.items()]
+from bncurv.slow import listed, user_level
 
 
 class LossAtBatch:
@@ -61,10 +64,12 @@ class LossAtBatch:
     ) -> None:
         check_loss(loss_fn)
         self.name, self.output, self.target = name_of(loss_fn), output.detach(), target
+        loss_fn = as_module(loss_fn)
         self._loss_fn, self._scale, self._dtype, self._hooked = loss_fn, scale, output.dtype, hooked
         self._parameters = parameters or {}
         own = plain_rule(loss_fn, hooked)
-        self.plain, self.divisor = own is not None, None
+        self.plain, self.divisor, self._own = own is not None, None, own
+        self._past: list[str] = []
         if own is None:
             self._by_autograd = self.gradient_at(self.output, target)
             return
@@ -86,25 +91,19 @@ class LossAtBatch:
         """
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            value = _call(self._loss_fn, self._hooked)(leaf.clone(), target)  # a clone may be changed in place
+            value = callable_of(self._loss_fn, self._hooked)(leaf.clone(), target)  # a clone may be changed in place
             self._scalar(value)
             found = torch.autograd.grad(
                 value, [leaf, *self._parameters.values()], retain_graph=True, allow_unused=True
             )
-        for name, direct in zip(self._parameters, found[1:], strict=True):
-            if direct is not None:
-                raise ValueError(
-                    f"{self.name} depends on the parameter '{name}' past the model's output (a penalty, another "
-                    "forward pass?). Such a term belongs to no component: leave it out, and add its derivatives to "
-                    "the results."
-                )
+        self._past = [name for name, direct in zip(self._parameters, found[1:], strict=True) if direct is not None]
         if found[0] is None:
             raise ValueError(f"{self.name} does not depend on the model's output, so it has no gradient.")
         return self._finite("gradient", found[0])
 
     def value_on(self, output: Tensor) -> Tensor:
         """The loss as a differentiable function of the output on its graph."""
-        return _call(self._loss_fn, self._hooked)(output.clone(), self.target) * self._scale
+        return callable_of(self._loss_fn, self._hooked)(output.clone(), self.target) * self._scale
 
     def _scalar(self, value: Any) -> None:
         if not isinstance(value, Tensor):
@@ -123,11 +122,21 @@ class LossAtBatch:
 
     @functools.cached_property
     def gradient(self) -> Tensor:
-        """∂L/∂F ``[n, *output]``."""
-        if not self.plain:
+        """∂L/∂F ``[n, *output]``.
+
+        Raises:
+            ValueError: if it is not all of the loss' gradient.
+        """
+        if self._past:
+            raise ValueError(
+                f"{self.name} depends on the parameter '{self._past[0]}' past the model's output (a penalty, another "
+                "forward pass?). Such a term belongs to no component: leave it out, and add its derivatives to "
+                "the results."
+            )
+        if self._own is None:
             return self._by_autograd * self._scale
         with torch.no_grad():
-            return (self._finite("gradient", self._rule.gradient(*self._at)) * self._scale).to(self._dtype)
+            return (self._finite("gradient", self._own.gradient(*self._at)) * self._scale).to(self._dtype)
 
     def in_float64(self) -> LossAtBatch:
         """The same in float64.
@@ -135,27 +144,27 @@ class LossAtBatch:
         Raises:
             RuntimeError: of PyTorch's, for a loss with other tensors inside.
         """
-        precise, output, target = self._at
-        return LossAtBatch(precise, output, target, self._scale, hooked=self._hooked, parameters=self._parameters)
+        wide = cast(self.target, torch.float64)
+        return LossAtBatch(twin(self._loss_fn, torch.float64), self.output.double(), wide, hooked=self._hooked)
 
     # ---------------------------------------------------------------- factor
-    @functools.cached_property
-    def _rule(self) -> Loss:
-        rule = find_loss(self._loss_fn)
-        if rule is None:
-            known = ", ".join(c.__name__ for c in LOSSES)
-            raise TypeError(
-                f"The loss is {self.name}; bncurv knows the Hessian factor of the modules {known}. Use one of these, "
-                "or add yours with bncurv.register_loss (README, 'Extend it'). Quantities of the gradient alone "
-                "(ComponentGrad, ComponentL2Grad, SumComponentGradSquared, ComponentVariance) take any loss."
-            )
-        return rule
-
     @functools.cached_property
     def _at(self) -> tuple[Any, Tensor, Tensor]:
         """The arguments of the table's formulas: loss, output and target, in float64 (int64 for whole numbers)."""
         wide = self.target.double() if self.target.is_floating_point() else self.target.long()
-        return _twin(self._loss_fn, wide=True), self.output.double(), wide
+        return twin(self._loss_fn, torch.float64), self.output.double(), wide
+
+    @functools.cached_property
+    def _rule(self) -> Loss | None:
+        """The table's entry; ``None``: by autograd. An entry of PyTorch's serves others only where it fits."""
+        rule = find_loss(self._loss_fn)
+        if rule is None or self.plain or not is_inherited(self._loss_fn):
+            return rule
+        try:
+            self._by_rule(rule)
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return None
+        return rule
 
     @functools.cached_property
     def _factor(self) -> Factor:
@@ -165,24 +174,58 @@ class LossAtBatch:
                 "has no positive semi-definite GGN. Multiply by a positive number, or ask for quantities of the "
                 "gradient alone."
             )
-        self._rule.check(self._loss_fn, self.output, self.target)
+        if self._past:
+            warnings.warn(
+                f"{self.name} depends on the parameter(s) {listed(self._past)} past the model's output (a penalty, "
+                "another forward pass?). The GGN is that of the model's output alone: the curvature of that term is "
+                "not in it. Add it to the results.",
+                stacklevel=user_level(),
+            )
+        if self._rule is not None:
+            return self._by_rule(self._rule)
+        return factor_by_autograd(self._hessian(), CONVEX[self._dtype])
+
+    def _by_rule(self, rule: Loss) -> Factor:
+        """The table's formulas, held against autograd where the loss is not one of PyTorch's as it is."""
+        rule.check(self._loss_fn, self.output, self.target)
         with torch.no_grad():
-            factor = Factor(self._finite("Hessian factor", self._rule.blocks(*self._at)), self.output.shape)
+            factor = Factor(self._finite("Hessian factor", rule.blocks(*self._at)), self.output.shape)
         if not self.plain:
-            self._verify(factor)
+            self._verify(rule, factor)
         return factor
 
-    def _verify(self, factor: Factor) -> None:
+    def _hessian(self) -> Hessian:
+        """In float64 where the loss can take that, in the model's dtype where it has other tensors inside."""
+
+        def call(output: Tensor) -> Tensor:
+            loss_fn = twin(self._loss_fn, output.dtype)
+            return callable_of(loss_fn, self._hooked)(output, cast(self.target, output.dtype))
+
+        try:
+            call(self.output.double())
+        except RuntimeError:  # of PyTorch's, for a product of different dtypes
+            return Hessian(self.name, call, self.output)
+        H = Hessian(self.name, call, self.output.double())
+        apart, size = (H.gradient - self._by_autograd).norm(), H.gradient.norm()
+        if not apart <= ROUGHLY[self._dtype] * size:
+            raise ValueError(
+                f"{self.name}: its gradient in float64 is another one than in {self._dtype} (by "
+                f"{float(apart / size):.0e} relative): it draws random numbers, or loses its digits there. Pass a loss "
+                "that is one fixed function of output and target, or model.double()."
+            )
+        return H
+
+    def _verify(self, rule: Loss, factor: Factor) -> None:
         """Raise ValueError unless the derivatives of the loss' value are those of the formulas."""
         precise, output, wide = self._at
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            value = _call(precise, self._hooked)(leaf.clone(), wide)
+            value = callable_of(precise, self._hooked)(leaf.clone(), wide)
             (actual,) = torch.autograd.grad(value, leaf, create_graph=True)
             u = pattern(leaf.shape, leaf)
             Hu = torch.autograd.grad(actual, leaf, u)[0] if actual.requires_grad else torch.zeros_like(u)
         with torch.no_grad():
-            expected = self._finite("gradient", self._rule.gradient(*self._at))
+            expected = self._finite("gradient", rule.gradient(*self._at))
         self._compare("gradient", actual.detach(), expected, 1e-14)
         self._compare("Hessian", Hu, factor.hessian_product(u), 1e-14 * float(actual.detach().norm()))
 
@@ -214,7 +257,8 @@ class LossAtBatch:
         Raises:
             TypeError, ValueError: if the loss is not in the table, is not that of its formulas, or has no factor here.
         """
-        return Factor((self._factor.blocks * self._scale**0.5).to(self._dtype), self._factor.layout)
+        scaled = (self._factor.blocks * self._scale**0.5).to(self._dtype)
+        return dataclasses.replace(self._factor, blocks=scaled)
 
     @functools.cached_property
     def weights(self) -> Tensor | None:
@@ -223,14 +267,13 @@ class LossAtBatch:
         ``None`` where the gradient is not in the range of the factor (a saturated output in finite precision).
         """
         blocks = self.factor.blocks.double()  # [n, t, e, j]
-        n, t, e, _ = blocks.shape
-        gradient = self.gradient.reshape(n, e, t).mT.double()[..., None]
-        if blocks.shape[-1] == 0:
+        if blocks.shape[-1] == 0 or self._past:
             return None
+        gradient = by_position(self.gradient, blocks.shape[2], self.factor.last).double()[..., None]
         weights = torch.linalg.lstsq(blocks, gradient).solution
         error = (blocks @ weights - gradient).norm()
         good = error <= 1e3 * torch.finfo(self._dtype).eps * gradient.norm() and bool(weights.isfinite().all())
-        return weights.reshape(n, -1).to(self._dtype) if good else None
+        return weights.flatten(1).to(self._dtype) if good else None
 
     def columns(self, c: slice) -> Tensor:
         """The gradient as a column, ``[1, n, *output]``."""
@@ -241,65 +284,21 @@ class LossAtBatch:
         g = self.gradient
         return g * pattern((len(g), *(1,) * (g.dim() - 1)), g)
 
-    def sample(self, draws: int, kind: str, generator: torch.Generator | None) -> Tensor:
-        """Random columns with covariance ∇²_F L, ``[n, t, e, draw]``: ``"rademacher"``, or ``"labels"``.
+    def sample(self, draws: int, kind: str, generator: torch.Generator | None) -> Factor:
+        """Random columns with covariance ∇²_F L: ``"rademacher"``, or ``"labels"``.
 
         Labels are drawn from the model's predictive distribution; the columns are the gradient's deviations for them.
+        A loss by autograd has no such distribution: its columns are drawn from N(0, H).
         """
-        if kind == "labels":
-            if not self.plain or self._scale < 0:
-                _ = self._factor  # its checks
-            with torch.no_grad():
-                return (self._rule.sample(*self._at, draws, generator) * self._scale**0.5).to(self._dtype)
-        blocks = self.factor.blocks
-        shape = (*blocks.shape[:2], blocks.shape[3], draws)
-        signs = torch.randint(2, shape, generator=generator, device=source_of(generator, blocks)).to(blocks.device)
-        return blocks @ (2 * signs - 1).to(blocks.dtype)
-
-
-def plain_rule(loss_fn: Callable, hooked: bool) -> Known | None:
-    """The table's entry for one of PyTorch's own losses, if nothing changes what it computes."""
-    if type(loss_fn).__call__ is not nn.Module.__call__ or (hooked and user_hooks(loss_fn)):
-        return None
-    rule, runs = find_loss(loss_fn), getattr(loss_fn.forward, "__func__", None)  # type: ignore[attr-defined]
-    return next((own for own, forward in _VERIFIED if rule is own and runs is forward), None)
-
-
-def user_hooks(loss_fn: Any) -> list[Callable]:
-    """Forward hooks and pre-hooks that act when a module is called, but for BackPACK's and ours."""
-    if not isinstance(loss_fn, nn.Module):
-        return []
-    tables: list[Mapping[int, Callable]] = [loss_fn._forward_pre_hooks, loss_fn._forward_hooks]
-    tables += [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
-    return [hook for table in tables for hook in _of_users(table).values()]
-
-
-def _of_users(hooks: Mapping[int, Callable]) -> dict[int, Callable]:
-    ours = ("bncurv", "backpack")
-    return {k: h for k, h in hooks.items() if (getattr(h, "__module__", None) or "").split(".")[0] not in ours}
-
-
-def _call(loss_fn: Any, hooked: bool) -> Callable:
-    """The loss with its forward hooks; or without, and without a trace on the module."""
-    return loss_fn if hooked or not isinstance(loss_fn, nn.Module) else _twin(loss_fn).forward
-
-
-def _twin(loss_fn: Any, wide: bool = False) -> Any:
-    """A copy of a loss module with tensors of its own, floating-point ones in float64 if wide, and the users' hooks."""
-    if not isinstance(loss_fn, nn.Module):
-        return loss_fn
-
-    def copied(entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: t.detach().to(torch.float64 if wide and t.is_floating_point() else t.dtype, copy=True)
-            if isinstance(t, Tensor)
-            else t
-            for name, t in entries.items()
-        }
-
-    twin = copy.copy(loss_fn)
-    twin.__dict__ |= copied(vars(loss_fn))
-    twin.__dict__ |= {table: copied(getattr(loss_fn, table)) for table in ("_buffers", "_parameters")}
-    twin.__dict__ |= {table: _of_users(getattr(loss_fn, table)) for table in ("_forward_hooks", "_forward_pre_hooks")}
-    twin.__dict__["_modules"] = {name: _twin(child, wide) for name, child in loss_fn._modules.items()}
-    return twin
+        if kind == "rademacher":
+            return dataclasses.replace(
+                self.factor, blocks=rademacher_columns(self.factor.blocks, draws, generator), joint=True
+            )
+        rule = self._rule
+        last = False if self.plain and self._scale >= 0 else self._factor.last  # its checks
+        with torch.no_grad():
+            if rule is None:
+                blocks = normal_columns(self._factor.blocks, draws, generator)
+            else:
+                blocks = rule.sample(*self._at, draws, generator)
+        return Factor((blocks * self._scale**0.5).to(self._dtype), self.output.shape, joint=True, last=last)

@@ -1,10 +1,8 @@
-"""Losses: the symmetric factor S of the loss Hessian, S Sᵀ = ∇²_F L, with the reduction inside.
+"""Losses in closed form: gradient and Hessian factor (``factor.py``) of each, with the reduction inside.
 
-A supported loss is a sum over independent *positions* of the output: position (n, t) holds ``e`` output entries
-(cross-entropy: the classes of a sample or pixel; squared error: a single entry), and the Hessian is block-diagonal
-over positions. `Factor.blocks` holds one small factor per position; column c = (t, j) of sample n is its j-th column.
-The scale (1/N of a mean reduction, class weights, the number of targets that count) sits in the blocks. One class
-per loss; `register_loss` adds one.
+The scale (1/N of a mean reduction, class weights, the number of targets that count) sits in the blocks; column
+c = (t, j) of sample n is the j-th column of its position t. One class per loss; `register_loss` adds one. Any other
+loss has its factor by autograd (``hessian.py``).
 """
 
 from __future__ import annotations
@@ -13,68 +11,13 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
-from einops import rearrange
 from torch import Tensor, nn
 
-from bncurv.probes import pattern
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Symmetric factor of a loss Hessian, column by column.
-
-    Attributes:
-        blocks: ``[n, t, e, j]``, one factor per position.
-        layout: shape of the model's output; its axes are ``n, e, *t`` (``e`` absent when it is 1 per entry).
-        joint: whether column j covers all positions of a sample at once (random draws), or one position (the
-            exact factor, whose columns are then (t, j)).
-    """
-
-    blocks: Tensor
-    layout: torch.Size
-    joint: bool = False
-
-    @property
-    def columns_per_sample(self) -> int:
-        """Number of columns c that each sample has."""
-        return self.blocks.shape[3] * (1 if self.joint else self.blocks.shape[1])
-
-    def coefficients(self, u: Tensor) -> Tensor:
-        """Sᵀ u of the exact factor, ``[n, *output] → [n, c]``."""
-        n, t, e, _ = self.blocks.shape
-        return (self.blocks.mT @ u.reshape(n, e, t).mT[..., None]).flatten(1)
-
-    def combination(self, w: Tensor) -> Tensor:
-        """S w of the exact factor, ``[n, c] → [n, *output]``."""
-        n, t, _, j = self.blocks.shape
-        return (self.blocks @ w.reshape(n, t, j, 1))[..., 0].mT.reshape(self.layout)
-
-    def hessian_product(self, u: Tensor) -> Tensor:
-        """S Sᵀ u for ``u [n, *output]``."""
-        return self.combination(self.coefficients(u))
-
-    def mixture(self) -> Tensor:
-        """All columns, each with a fixed weight: ``[n, *output]``."""
-        n, t, e, j = self.blocks.shape
-        weights = pattern((n, 1 if self.joint else t, j, 1), self.blocks)
-        return rearrange(self.blocks @ weights, "n t e 1 -> n e t").reshape(n, *self.layout[1:])
-
-    def columns(self, c: slice) -> Tensor:
-        """Columns ``c`` of all samples, each in its own sample's row: ``[c, n, *output]``."""
-        if self.joint:
-            return rearrange(self.blocks[..., c], "n t e c -> c n e t").reshape(-1, *self.layout)
-        n, t, e, j = self.blocks.shape
-        index = torch.arange(t * j, device=self.blocks.device)[c]
-        out = self.blocks.new_zeros(len(index), n, t, e)
-        row = torch.arange(len(index), device=index.device)
-        position, column = index // j, index % j
-        out[row, :, position] = rearrange(self.blocks[:, position, :, column], "k n e -> k n e")
-        return rearrange(out, "c n t e -> c n e t").reshape(len(index), *self.layout)
+from bncurv.factor import normal_columns, source_of
 
 
 class Loss(ABC):
@@ -99,12 +42,7 @@ class Loss(ABC):
 
         Default: normally distributed (the predictive distribution of a squared error).
         """
-        blocks = self.blocks(loss, output, target)
-        where = source_of(generator, blocks)
-        noise = torch.randn(
-            *blocks.shape[:2], blocks.shape[3], draws, generator=generator, device=where, dtype=blocks.dtype
-        )
-        return blocks @ noise.to(blocks.device)
+        return normal_columns(self.blocks(loss, output, target), draws, generator)
 
 
 class Known(Loss):
@@ -113,11 +51,6 @@ class Known(Loss):
     def divisor(self, loss: nn.Module, output: Tensor, target: Tensor) -> float:
         """What ``reduction="mean"`` divides by."""
         return float(output.numel())
-
-
-def source_of(generator: torch.Generator | None, like: Tensor) -> torch.device:
-    """Where to draw: a generator draws on its own device only."""
-    return like.device if generator is None else generator.device
 
 
 def _same_shape(loss: nn.Module, output: Tensor, target: Tensor) -> None:
@@ -333,3 +266,9 @@ def check_loss(loss_fn: Any) -> None:
 def find_loss(loss_fn: Callable) -> Loss | None:
     """The table's entry for a loss module, if there is one."""
     return next((LOSSES[cls] for cls in type(loss_fn).__mro__ if cls in LOSSES), None)
+
+
+def is_inherited(loss_fn: Callable) -> bool:
+    """Whether the table's entry for a loss is of a class of PyTorch's that it is, or derives from."""
+    known = next((cls for cls in type(loss_fn).__mro__ if cls in LOSSES), None)
+    return known in PYTORCHS and LOSSES[known] is PYTORCHS[known]

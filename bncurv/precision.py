@@ -12,6 +12,8 @@ ROUGHLY = {torch.float32: 1e-2, torch.float64: 1e-6}
 COUPLED = {torch.float32: 1e-6, torch.float64: 1e-14}
 # A user's pair or formula against autograd
 FORMULA = {torch.float32: 1e-3, torch.float64: 1e-8}
+# What S Sᵀ may miss of a Hessian by autograd, relative to its block; a negative eigenvalue is missed by more
+CONVEX = {torch.float32: 1e-4, torch.float64: 1e-10}
 # A sum of squares below this part of its terms is computed again: ulp / KEPT is about 1e-5 and 2e-12
 KEPT = {torch.float32: 1e-2, torch.float64: 1e-4}
 ROUNDING = 10  # two ways whose difference is this many times the movement under rounding alone agree

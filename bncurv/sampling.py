@@ -16,12 +16,13 @@ numbers drawn, and the global state stays. Quantities without draws leave all ra
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from bncurv.blocks import Batch, Rows, Source, WholeBatch
-from bncurv.losses import Factor
+from bncurv.factor import Factor
 from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, combine, zeros
 
 
@@ -56,8 +57,7 @@ class _Sampled(Quantity):
 
     def draw(self, batch: Batch) -> Factor:
         """M random columns per sample."""
-        blocks = batch.loss.sample(self.mc_samples, self.kind, self.generator or batch.generator)  # [n, t, e, m]
-        return Factor(blocks, batch.output.shape, joint=True)
+        return batch.loss.sample(self.mc_samples, self.kind, self.generator or batch.generator)
 
 
 class DiagGGNMC(_Sampled):
@@ -110,7 +110,7 @@ class _PerComponentSampled(_Sampled):
     def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """Per-sample columns, scaled so that V Vᵀ estimates G."""
         drawn = self.draw(batch)
-        return {f"sampled {id(self)}": Factor(drawn.blocks * self.mc_samples**-0.5, drawn.layout, joint=True)}
+        return {f"sampled {id(self)}": replace(drawn, blocks=drawn.blocks * self.mc_samples**-0.5)}
 
 
 class ComponentDiagGGNMC(_PerComponentSampled):

@@ -142,14 +142,13 @@ BATCHES = [
         loss=lambda: nn.BCEWithLogitsLoss(pos_weight=torch.tensor([-1.0, 1.0, 1.0])),
     ),
     Bad(
-        "unsupported_loss",
-        TypeError,
-        ("L1Loss", "CrossEntropyLoss, MSELoss, BCEWithLogitsLoss", "register_loss"),
-        data(inputs(), inputs(N, C)),
-        loss=nn.L1Loss,
+        "once_differentiable_loss",
+        ValueError,
+        ("MultiMarginLoss", "twice", "CrossEntropyLoss, MSELoss or BCEWithLogitsLoss", "register_loss"),
+        loss=nn.MultiMarginLoss,
     ),
-    Bad("unknown_loss_class", TypeError, ("OtherLoss", "register_loss", "gradient alone"), loss=OtherLoss),
-    Bad("mixing_loss", ValueError, ("MixingLoss", "forward", "register_loss"), loss=MixingLoss),
+    Bad("unknown_loss_class", ValueError, ("OtherLoss", "compares samples", "take any loss"), loss=OtherLoss),
+    Bad("mixing_loss", ValueError, ("MixingLoss", "compares samples", "take any loss"), loss=MixingLoss),
     Bad(
         "same_quantity_twice",
         ValueError,
@@ -245,12 +244,6 @@ CALLS = [
         ValueError,
         ("reduction='none'", "'mean' or 'sum'"),
         loss=lambda: nn.CrossEntropyLoss(reduction="none"),
-    ),
-    Bad(
-        "functional_loss",
-        TypeError,
-        ("cross_entropy", "modules CrossEntropyLoss", "register_loss"),
-        loss=lambda: F.cross_entropy,
     ),
     Bad(
         "output_tuple",

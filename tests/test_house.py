@@ -13,11 +13,11 @@ FILES = {
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
     {"undo", "slow", "turns", "eager"},
-    {"budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "losses", "loss_at_batch",
-     "shares"},
+    {"budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "factor", "losses",
+     "loss_calls"},
     {"marks", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
-     "certificate", "agreement", "assurance", "engine", "weighting"},
+     "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
     {"batch", "checks", "untouched"},

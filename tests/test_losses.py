@@ -270,21 +270,26 @@ class Renamed(nn.MSELoss):
         return F.mse_loss(input, target)
 
 
-@pytest.mark.parametrize("kind", [Focal, Doubled, Centred])
-def test_gradient_check_catches(kind: type[nn.Module]) -> None:
-    """The formula of the base class is not that of the loss; the gradient is the loss' own."""
+@pytest.mark.parametrize("kind", [Focal, Doubled])
+def test_subclasses_are_what_they_compute(kind: type[nn.Module]) -> None:
+    """The formula of the base class is not that of the loss; gradient and factor are the loss' own."""
     y = torch.arange(N) % C if kind is Focal else torch.rand(N, C).double()
     assert_gradient(kind(), outputs(), y)
-    with pytest.raises(ValueError, match=rf"{kind.__name__}.*overrides.*register_loss.*gradient alone"):
-        _ = LossAtBatch(kind(), outputs(), y).factor
+    assert_factor(kind(), outputs() / 4, y)
 
 
-def test_forward_of_one_instance_is_checked() -> None:
+def test_a_subclass_that_mixes_samples_is_refused() -> None:
+    y = torch.rand(N, C).double()
+    assert_gradient(Centred(), outputs(), y)
+    with pytest.raises(ValueError, match="Centred compares samples"):
+        _ = LossAtBatch(Centred(), outputs(), y).factor
+
+
+def test_forward_of_one_instance_is_what_counts() -> None:
     loss_fn = nn.MSELoss()
     loss_fn.forward = lambda f, y: 2 * nn.functional.mse_loss(f, y)
     assert_gradient(loss_fn, outputs(), outputs())
-    with pytest.raises(ValueError, match="MSELoss.*overrides.*register_loss"):
-        _ = LossAtBatch(loss_fn, outputs(), outputs()).factor
+    assert_factor(loss_fn, outputs(), outputs())
 
 
 def test_another_formula_for_a_built_in_loss_is_checked() -> None:

@@ -144,12 +144,12 @@ def test_a_generator_moves_on_by_itself(kind: str) -> None:
 @KINDS
 def test_new_tensors_may_go_elsewhere_by_default(kind: str) -> None:
     model, loss_fn, X, y = ONE.build()
-    want = LossAtBatch(loss_fn, model(X), y).sample(2, kind, torch.Generator().manual_seed(5))
+    want = LossAtBatch(loss_fn, model(X), y).sample(2, kind, torch.Generator().manual_seed(5)).blocks
     with torch.device("meta"):
         at_batch = LossAtBatch(loss_fn, model(X), y)
-        assert torch.equal(at_batch.sample(2, kind, torch.Generator("cpu").manual_seed(5)), want)
-        assert at_batch.sample(2, kind, generator_of_call([DiagGGNMC()], X.device)).device == X.device
-        assert at_batch.sample(2, kind, None).device == X.device
+        assert torch.equal(at_batch.sample(2, kind, torch.Generator("cpu").manual_seed(5)).blocks, want)
+        assert at_batch.sample(2, kind, generator_of_call([DiagGGNMC()], X.device)).blocks.device == X.device
+        assert at_batch.sample(2, kind, None).blocks.device == X.device
 
 
 # ----------------------------------------------------------------------- one draw, many batches, scales

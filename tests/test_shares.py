@@ -256,7 +256,8 @@ def test_weights_are_read_in_float64() -> None:
     """Of a float32 network as well, where the loss allows it: no digits are lost over many mini-batches."""
     y = torch.randint(C, (N,))
     output, weights = 14 * F.one_hot(y, C) + 0.1 * torch.randn(N, C), Weights()
-    parts = [LossAtBatch(F.cross_entropy, o, t) for o, t in zip(output.split(SIZES), y.split(SIZES), strict=True)]
+    loss_fn: Callable = lambda o, y: F.cross_entropy(o, y)  # noqa: E731
+    parts = [LossAtBatch(loss_fn, o, t) for o, t in zip(output.split(SIZES), y.split(SIZES), strict=True)]
     assert [weights.of(part) for part in parts] == pytest.approx([1.0, 4 / 5, 2 / 5], rel=1e-12)
 
 
@@ -340,9 +341,10 @@ def test_what_cannot_be_weighed_is_refused() -> None:
         curvature(model, satisfied, [(X, y), (X, y)], bncurv.ComponentGrad())
     sequences = nn.Conv1d(1, C, 1)
     data = [(torch.randn(4, 1, length), torch.randint(C, (4, length))) for length in (3, 5)]
-    with pytest.raises(ValueError, match=r"cross_entropy.*joins them.*\(3, 3\).*\(3, 5\).*equal shapes"):
-        curvature(sequences, F.cross_entropy, data, bncurv.ComponentGrad())
-    curvature(sequences, nn.CrossEntropyLoss(), data, bncurv.DiagGGNExact())  # which knows what it divides by
+    with pytest.raises(ValueError, match=r"Wrapped.*joins them.*\(3, 3\).*\(3, 5\).*equal shapes"):
+        curvature(sequences, Wrapped(1.0), data, bncurv.ComponentGrad())
+    for loss_fn in (nn.CrossEntropyLoss(), F.cross_entropy):
+        curvature(sequences, loss_fn, data, bncurv.DiagGGNExact())  # which know what they divide by
 
 
 # --------------------------------------------------------------------------------------- rounding
