@@ -14,6 +14,7 @@ from bncurv.batch import Merged, compute
 from bncurv.blocks import Batch
 from bncurv.checks import batches, check_input, check_options, check_output, check_quantities, select_parameters
 from bncurv.graph import trace
+from bncurv.heads import as_one
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss, name_of
 from bncurv.lowrank.recorded import readable
@@ -64,7 +65,7 @@ class Results:
 
 def curvature(
     model: nn.Module,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[[Any, Tensor], Tensor],
     data: tuple[Any, Tensor] | Iterable[tuple[Any, Tensor]],
     *quantities: Quantity,
     params: Iterable[str] | None = None,
@@ -81,12 +82,15 @@ def curvature(
     random state on, by one draw. Calls in several threads wait for one another.
 
     Args:
-        model: any module whose output is a tensor with the batch first.
-        loss_fn: for the GGN ``CrossEntropyLoss``, ``MSELoss``, ``BCEWithLogitsLoss`` or a module given to
-            `register_loss`, with a reduction to a scalar. For quantities of the gradient alone any differentiable
-            scalar function or module of output and y, convex or not; it may even compare samples, since
-            g_n = (∂F_n/∂θ)ᵀ ∂L/∂F_n is the part of ∇L that passes through output n. Forward hooks of the module take
-            part; parameters of the loss are held constant, and no results are made for them.
+        model: any module whose output is a tensor with the batch first; or a tuple, list or dict of such tensors, for
+            a loss that takes it.
+        loss_fn: a differentiable scalar function, or module, of output and y. For the GGN it must be a sum or mean
+            over samples, convex in the output, and twice differentiable (checked at every batch);
+            ``CrossEntropyLoss``, ``MSELoss``, ``BCEWithLogitsLoss``, their functions and what `register_loss` was
+            given have closed forms, all others a Hessian by autograd. For quantities of the gradient alone it need
+            not be convex and may compare samples, since g_n = (∂F_n/∂θ)ᵀ ∂L/∂F_n is the part of ∇L that passes
+            through output n. Forward hooks of the module take part; parameters of the loss are held constant, and no
+            results are made for them.
         data: one batch ``(X, y)``, or an iterable of such pairs (a ``DataLoader``). Output and y have the batch first,
             and equally many samples. Several batches give the curvature of the loss of all their samples: a mean is
             weighted by what the loss divides by in each batch (samples, entries, class weights of the targets that
@@ -135,8 +139,8 @@ def curvature(
             generator = generator_of_call(quantities, next(iter(wanted.values())).device)
         for X, y in batches(data):
             with torch.enable_grad(), recorder:
-                output = _forward(model, X, y, wanted, largest)
-            loss = LossAtBatch(loss_fn, output, y.to(output.device), hooked=True, empty_ok=True, parameters=wanted)
+                output, of_output = _forward(model, loss_fn, X, y, wanted, largest)
+            loss = LossAtBatch(of_output, output, y.to(output.device), hooked=True, empty_ok=True, parameters=wanted)
             traced = trace(output, wanted.values())
             batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=readable(model, X))
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
@@ -150,8 +154,10 @@ def curvature(
     return results
 
 
-def _forward(model: nn.Module, X: Any, y: Tensor, wanted: Mapping[str, Tensor], largest: int) -> Tensor:
-    """The model's output, checked; a tensor X goes to the parameters' device."""
+def _forward(
+    model: nn.Module, loss_fn: Callable, X: Any, y: Tensor, wanted: Mapping[str, Tensor], largest: int
+) -> tuple[Tensor, Callable]:
+    """The model's output as one tensor, checked, and the loss of that; a tensor X goes to the parameters' device."""
     check_input(X)
     model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
     try:
@@ -163,5 +169,6 @@ def _forward(model: nn.Module, X: Any, y: Tensor, wanted: Mapping[str, Tensor], 
             f"{error} This is a mini-batch of {len(y)} sample(s) after one of {largest}: if it is too small, leave it "
             "out with DataLoader(..., drop_last=True)."
         ) from error
+    output, loss_fn = as_one(output, loss_fn)
     check_output(output, y, wanted, X)
-    return plain_tensor(output)
+    return plain_tensor(output), loss_fn

@@ -14,7 +14,7 @@ FILES = {
 FLOORS = [
     {"undo", "slow", "turns", "eager"},
     {"budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "factor", "losses",
-     "loss_calls"},
+     "loss_calls", "heads"},
     {"marks", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
