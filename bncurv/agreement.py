@@ -74,4 +74,4 @@ def disagreeing(
 
 def largest(t: Tensor) -> float:
     """Largest entry by magnitude."""
-    return float(torch.linalg.vector_norm(t, float("inf"))) if t.numel() else 0.0
+    return float(t.abs().amax()) if t.numel() else 0.0  # several times faster than the norm

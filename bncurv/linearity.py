@@ -7,6 +7,8 @@ powers of two tell these from rounding: a linear map of u / 2 is half of that of
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -17,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from bncurv.precision import EXACT, ROUGHLY, ROUNDING
 from bncurv.probes import loudness, pattern, power_of_two
 
-FEW = 16  # rows that are compared
+FEW = 24  # rows that are compared, at most
 Ends = Sequence[GradientEdge | Tensor]
 Pull = Callable[[Tensor], list[Tensor | None]]  # an ordinary pass: cotangent [1, *output] → [1, *edge] per edge
 
@@ -38,11 +40,11 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None]) -> Verdict:
         u: the cotangents that were pulled, ``[q, *output]``.
         rows: what came of them, ``[q, *edge]`` per edge.
     """
-    few = range(len(u)) if len(u) <= FEW else sorted({int(len(u) * (0.6180339887 * i % 1)) for i in range(FEW)})
-    u, rows = u[list(few)], [None if r is None else r[list(few)] for r in rows]
+    step = _step(len(u))
+    u, rows = u[::step], [None if r is None else r[::step] for r in rows]  # views: rows may be large
     weights = _weights(u, rows)
-    probe = torch.tensordot(weights, u, 1)[None]
-    expected = [None if r is None else torch.tensordot(weights, r, 1)[None] for r in rows]
+    probe = _mixed(weights, u)
+    expected = [None if r is None else _mixed(weights, r) for r in rows]
     ordinary = pull(probe)
     apart = _apart(ordinary, expected)
     if all(d <= EXACT[u.dtype] * size for d, size in apart):
@@ -57,6 +59,17 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None]) -> Verdict:
         d <= max(ROUGHLY[u.dtype] * size, ROUNDING * n, floor) for (d, size), n in zip(apart, noise, strict=True)
     )
     return Verdict.RIGHT if all(explained) else Verdict.OTHER_ROWS
+
+
+def _step(count: int) -> int:
+    """Every how many rows one is compared: no divisor in common with their number, so that no class is left out."""
+    least = -(-count // FEW)
+    return next(step for step in itertools.count(least) if math.gcd(step, count) == 1) if least > 1 else 1
+
+
+def _mixed(weights: Tensor, t: Tensor) -> Tensor:
+    """Σ_q w_q t_q, ``[1, ...]``."""
+    return (weights @ t.reshape(len(t), -1)).view(1, *t.shape[1:])
 
 
 def _weights(u: Tensor, rows: list[Tensor | None]) -> Tensor:

@@ -17,7 +17,10 @@ def pattern(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
 
 def loudness(t: Tensor) -> Tensor:
     """Largest entry of each row, ``[n]``, of ``t [n, ...]``."""
-    return t.detach().reshape(len(t), -1).abs().amax(1) if t.numel() else t.new_zeros(len(t))
+    if not t.numel():
+        return t.new_zeros(len(t))
+    rows = t.detach().reshape(len(t), -1)
+    return torch.maximum(rows.amax(1), -rows.amin(1))  # nothing as large as t is written
 
 
 def power_of_two(size: Tensor) -> Tensor:

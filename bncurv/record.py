@@ -8,9 +8,10 @@ Nothing global is kept: the marks live and die with the graph; ``graph.py`` coll
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from traceback import walk_stack
+from types import FrameType
 from typing import Any
 
 import torch
@@ -47,7 +48,10 @@ _TRAIN = BatchNormTrain()
 
 def _checkpointing() -> bool:
     """Whether ``torch.utils.checkpoint`` runs this code, for the first or the second time."""
-    return any(frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in walk_stack(None))
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _recomputes() -> bool:
@@ -128,8 +132,11 @@ class Recorder(TorchFunctionMode):
             output = self._couple(module, args[0] if args else next(iter(kwargs.values())), output)
         name = self._stack.pop()
         first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor) and first.grad_fn is not None:
-            metadata(first.grad_fn).setdefault(MODULE, (name, first.shape, first.output_nr))
+        if isinstance(first, Tensor):
+            with torch._C.DisableTorchFunction():  # what is read here need not come by
+                node, shape, output_nr = first.grad_fn, first.shape, first.output_nr
+            if node is not None:
+                metadata(node).setdefault(MODULE, (name, shape, output_nr))
         return output if pair is not None else None
 
     def _couple(self, module: nn.Module, x: Tensor, expected: Tensor) -> Tensor:
