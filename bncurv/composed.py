@@ -127,8 +127,7 @@ def expect_gradient(
     relative = 1e-9 if gradient.dtype == torch.float64 else 1e-4
     whole = torch.stack([own.norm() for own in expected]).norm() if parameters else 0.0
 
-    @torch.no_grad()
-    def check() -> None:
+    def check() -> None:  # all tensors here are detached
         for (name, (found, as_it_was)), own in zip(before.items(), expected, strict=True):
             now = wanted[name].grad
             if now is None or (now is found and as_it_was and now._version == as_it_was[0]):
