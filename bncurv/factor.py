@@ -82,6 +82,24 @@ class Factor:
         return by_output(out, self.layout, self.last)
 
 
+@dataclass(frozen=True)
+class WholeFactor:
+    """Symmetric factor of a loss that compares samples: its columns reach all of the batch.
+
+    Attributes:
+        columns: ``[q, n, *output]``.
+    """
+
+    columns: Tensor
+
+    def sample(self, draws: int, kind: str, generator: torch.Generator | None) -> Factor:
+        """Random columns with covariance S Sᵀ; those of one draw belong together."""
+        q, n, *rest = self.columns.shape
+        S = self.columns.reshape(q, -1).T[None, None]  # [1, 1, n·e, q]
+        drawn = (normal_columns if kind == "labels" else rademacher_columns)(S, draws, generator)
+        return Factor(drawn.reshape(n, 1, -1, draws), torch.Size((n, *rest)), joint=True)
+
+
 def normal_columns(blocks: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
     """Draws from N(0, S Sᵀ), ``[n, t, e, j] → [n, t, e, draw]``."""
     shape = (*blocks.shape[:2], blocks.shape[3], draws)

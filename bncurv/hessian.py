@@ -5,7 +5,8 @@ block-diagonal over the finest of these partitions of F that it respects: single
 along the first axis or the last (``factor.py``), samples. Whether it does is no matter of trust: scaling the rows of u
 by powers of two must scale those of H u and do nothing else (``certificate.py``). Then column j of all blocks at once
 is H e_j, with a one in entry j of every position, and S comes from the blocks' eigenvectors. A block with an eigenvalue
-below zero has no such factor: the loss is not convex in the output there.
+below zero has no such factor: the loss is not convex in the output there. A loss that compares samples has
+one block.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from bncurv.certificate import leaks
-from bncurv.factor import Factor, by_output, by_position
+from bncurv.factor import Factor, WholeFactor, by_output, by_position
 from bncurv.precision import CONVEX, EXACT, ulp
 from bncurv.probes import pattern
 from bncurv.slow import user_level
 
 LARGEST_BLOCK = 1024  # entries of the output that one block may hold
+LARGEST_WHOLE = 2048  # entries of the whole batch' output, where the loss compares samples
 BLOCK_BYTES = 2 * 2**30  # of all blocks
 INSTEAD = (
     "Use CrossEntropyLoss, MSELoss or BCEWithLogitsLoss, or give its Hessian factor with bncurv.register_loss (README, "
@@ -216,7 +218,7 @@ def _rounding(H: Hessian, p: Partition, u: Tensor) -> Tensor:
     return 2**8 * ulp(H.dtype) * by_position(size, p.e, p.last).amax(-1)
 
 
-def _check_convex(H: Hessian, p: Partition, u: Tensor, blocks: Tensor, S: Tensor) -> float:
+def _check_convex(H: Hessian, p: Partition, u: Tensor, blocks: Tensor, S: Tensor, where: str) -> float:
     """What of H is lost to rounding in S, relative; raise ValueError where it is more than that."""
     size = blocks.abs().amax((-2, -1))
     off = (S @ S.mT - blocks).abs().amax((-2, -1))
@@ -228,7 +230,7 @@ def _check_convex(H: Hessian, p: Partition, u: Tensor, blocks: Tensor, S: Tensor
         n, t = bad[0].tolist()
         values = torch.linalg.eigvalsh(blocks[n, t])
         raise ValueError(
-            f"{H.name} is not convex in the model's output at sample {n}: its Hessian there has the eigenvalue "
+            f"{H.name} is not convex in the model's output at {where.format(n)}: its Hessian there has the eigenvalue "
             f"{float(values[0]):.3g} (the largest is {float(values[-1]):.3g}), so it has no GGN. Use a convex loss; "
             "quantities of the gradient alone (ComponentGrad, ComponentL2Grad, SumComponentGradSquared, "
             "ComponentVariance) take any loss."
@@ -236,8 +238,8 @@ def _check_convex(H: Hessian, p: Partition, u: Tensor, blocks: Tensor, S: Tensor
     return float(off.max() / size.max())
 
 
-def factor_by_autograd(H: Hessian, promised: float) -> Factor:
-    """S of a loss that is a sum over samples and convex in the output, with warnings where that says little.
+def factor_by_autograd(H: Hessian, promised: float) -> Factor | WholeFactor:
+    """S of a loss that is convex in the output, with warnings where that says little.
 
     Args:
         H: its Hessian.
@@ -246,18 +248,32 @@ def factor_by_autograd(H: Hessian, promised: float) -> Factor:
     Raises:
         TypeError: for a loss that computes in half precision.
         ValueError: for a loss that is not, or is no fixed function; whose blocks are too large.
+
+    Returns:
+        The factor by positions; of a loss that compares samples that of the whole batch.
     """
     H.check()
     u = pattern(H.output.shape, H.output)
     Hu = H(u)
     p = _respected(H, u, Hu)
-    if p is None:
+    if p is not None:
+        _check_size(H.name, H.output.shape, p)
+        return Factor(_root(H, p, u, Hu, promised, "sample {}"), H.output.shape, last=p.last)
+    shape, entries = H.output.shape, H.output.numel()
+    if entries > LARGEST_WHOLE:
         raise ValueError(
-            f"{H.name} compares samples: its Hessian in the model's output is not block-diagonal over samples, so that "
-            "it is no sum over samples, and no component has a GGN. Use a loss that is a sum or mean over samples; "
-            "ComponentGrad, ComponentL2Grad, SumComponentGradSquared and ComponentVariance take any loss."
+            f"{H.name} compares samples: its Hessian in the model's output is not block-diagonal over samples, and "
+            f"that of the whole batch has {entries} rows; bncurv takes up to {LARGEST_WHOLE}. Use fewer samples, or a "
+            "loss that is a sum or mean over samples; ComponentGrad, ComponentL2Grad, SumComponentGradSquared and "
+            "ComponentVariance take any loss."
         )
-    _check_size(H.name, H.output.shape, p)
+    flat = Hessian(H.name, lambda output: H._call(output.view(shape)), H.output.detach().view(1, -1))
+    S = _root(flat, Partition(1, entries), u.view(1, -1), Hu.view(1, -1), promised, "this batch")
+    return WholeFactor(S[0, 0].T.reshape(-1, *shape))
+
+
+def _root(H: Hessian, p: Partition, u: Tensor, Hu: Tensor, promised: float, where: str) -> Tensor:
+    """S of all positions, ``[n, t, e, j]``."""
     with torch.no_grad():
         blocks = _blocks(H, p)
         if not bool(blocks.isfinite().all()):
@@ -266,7 +282,7 @@ def factor_by_autograd(H: Hessian, promised: float) -> Factor:
                 "no GGN there."
             )
         S = roots(blocks, H.dtype)
-        lost = _check_convex(H, p, u, blocks, S)
+        lost = _check_convex(H, p, u, blocks, S, where)
     if not bool(S.any()):
         _warn(
             f"{H.name} has no curvature in the model's output at this batch (piecewise linear, or nothing counts), so "
@@ -279,7 +295,7 @@ def factor_by_autograd(H: Hessian, promised: float) -> Factor:
             f"{lost:.0e}): its terms cancel, as where a softmax or sigmoid saturates, or part of it is computed in "
             "float32. Use CrossEntropyLoss, MSELoss or BCEWithLogitsLoss where they fit."
         )
-    return Factor(S, H.output.shape, last=p.last)
+    return S
 
 
 def _digits_lost(H: Hessian, u: Tensor, Hu: Tensor) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncurv.factor import Factor, by_position, normal_columns, rademacher_columns
+from bncurv.factor import Factor, WholeFactor, by_position, normal_columns, rademacher_columns
 from bncurv.hessian import Hessian, factor_by_autograd
 from bncurv.loss_calls import as_module, callable_of, cast, plain_rule, twin, user_hooks
 from bncurv.losses import Loss, check_loss, find_loss, is_inherited, name_of
@@ -167,7 +167,7 @@ class LossAtBatch:
         return rule
 
     @functools.cached_property
-    def _factor(self) -> Factor:
+    def _factor(self) -> Factor | WholeFactor:
         if self._scale < 0:
             raise ValueError(
                 f"The loss was multiplied by {self._scale:.3g} before backward(): a negative multiple of a convex loss "
@@ -255,10 +255,34 @@ class LossAtBatch:
         """The symmetric factor S.
 
         Raises:
-            TypeError, ValueError: if the loss is not in the table, is not that of its formulas, or has no factor here.
+            TypeError, ValueError: if the loss is not that of its formulas, or has no factor here, or none by samples.
         """
-        scaled = (self._factor.blocks * self._scale**0.5).to(self._dtype)
-        return dataclasses.replace(self._factor, blocks=scaled)
+        if isinstance(self._factor, WholeFactor):
+            raise ValueError(self.compares)
+        return dataclasses.replace(self._factor, blocks=self._scaled(self._factor.blocks))
+
+    @functools.cached_property
+    def whole(self) -> WholeFactor | None:
+        """The symmetric factor of a loss that compares samples; ``None`` of others, whose `factor` goes by samples."""
+        if self.plain or not isinstance(self._factor, WholeFactor):
+            return None
+        return WholeFactor(self._scaled(self._factor.columns))
+
+    @property
+    def taken_as_a_whole(self) -> bool:
+        """Whether a factor of the whole batch has been asked for."""
+        return isinstance(vars(self).get("_factor"), WholeFactor)
+
+    @property
+    def compares(self) -> str:
+        """What to say of a loss that compares samples."""
+        return (
+            f"{self.name} compares samples: its Hessian in the model's output has no part for each sample. "
+            "DiagGGNExact, DiagGGNMC and LowRankGGN (with all rows of V) take such a loss."
+        )
+
+    def _scaled(self, columns: Tensor) -> Tensor:
+        return (columns * self._scale**0.5).to(self._dtype)
 
     @functools.cached_property
     def weights(self) -> Tensor | None:
@@ -290,15 +314,18 @@ class LossAtBatch:
         Labels are drawn from the model's predictive distribution; the columns are the gradient's deviations for them.
         A loss by autograd has no such distribution: its columns are drawn from N(0, H).
         """
+        if self.whole is not None:
+            return self.whole.sample(draws, kind, generator)
         if kind == "rademacher":
             return dataclasses.replace(
                 self.factor, blocks=rademacher_columns(self.factor.blocks, draws, generator), joint=True
             )
         rule = self._rule
-        last = False if self.plain and self._scale >= 0 else self._factor.last  # its checks
+        if rule is None:
+            return dataclasses.replace(
+                self.factor, blocks=normal_columns(self.factor.blocks, draws, generator), joint=True
+            )
+        if not self.plain or self._scale < 0:
+            _ = self._factor  # its checks
         with torch.no_grad():
-            if rule is None:
-                blocks = normal_columns(self._factor.blocks, draws, generator)
-            else:
-                blocks = rule.sample(*self._at, draws, generator)
-        return Factor((blocks * self._scale**0.5).to(self._dtype), self.output.shape, joint=True, last=last)
+            return Factor(self._scaled(rule.sample(*self._at, draws, generator)), self.output.shape, joint=True)

@@ -11,15 +11,17 @@ from torch import Tensor
 from bncurv.blocks import Batch, Rows, Source, WholeBatch
 from bncurv.budget import SMALL_BYTES
 from bncurv.lowrank import BatchOperator, LowRank, MatrixFreeGGN
+from bncurv.lowrank.rows import OF_NONE
 from bncurv.quantities import Parameters, Quantity, combine
 
 
 class _Collected(NamedTuple):
-    """State of a mini-batch: its operator; or weights of V's rows in g_n, where known, and blocks by source."""
+    """State of a mini-batch: its operator; or weights of V's rows in g_n, where known, blocks by source, first n."""
 
     operator: BatchOperator | None
     weights: Tensor | None = None
     blocks: Mapping[str, dict[str, Tensor]] = {}
+    first: int = 0
 
 
 class _Operators(NamedTuple):
@@ -100,26 +102,29 @@ class LowRankGGN(Quantity):
         """The factor; the gradient too where it is no combination of the factor's columns; nothing if matrix-free."""
         if self._works_free(batch):
             return {}
+        if batch.loss.whole is not None:
+            return {"factor": WholeBatch(batch.loss.whole.columns), "gradient": batch.loss}
         sources = super().sources(batch)
         return sources if batch.loss.weights is None else {"factor": sources["factor"]}
 
     def _works_free(self, batch: Batch) -> bool:
         """Whether to work matrix-free: decided by the first mini-batch. Refuses a V that does not fit."""
-        factor = batch.loss.factor
-        need = sum(p.numel() * p.element_size() for p in batch.parameters.values())
-        need *= batch.samples * (factor.columns_per_sample + 1)
-        free = self.matrix_free
+        whole, free = batch.loss.whole, self.matrix_free
+        rows = len(whole.columns) if whole is not None else batch.samples * batch.loss.factor.columns_per_sample
+        need = sum(p.numel() * p.element_size() for p in batch.parameters.values()) * (rows + batch.samples)
+        if free and whole is not None:
+            raise ValueError(f"LowRankGGN(matrix_free=True) goes by samples, but {batch.loss.compares}")
         if free and not batch.graph_survives:
             raise ValueError(
                 "LowRankGGN(matrix_free=True) needs the network's graph, which backward() frees; use "
                 "bncurv.curvature(...), or matrix_free=False inside 'with backpack(...)'."
             )
         if free is None:
-            able = self.top is not None and self.groups is None and batch.graph_survives
+            able = whole is None and self.top is not None and self.groups is None and batch.graph_survives
             free = batch.memo.setdefault(self.field, able and need > SMALL_BYTES)
         if not free and need > self.memory:
             raise ValueError(
-                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={batch.samples}, {factor.columns_per_sample} "
+                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={batch.samples}, {rows // batch.samples} "
                 f"columns per sample, {sum(p.numel() for p in batch.parameters.values())} parameters), more than "
                 f"memory={self.memory / 2**30:.1f} GiB. Use LowRankGGN(top=k, matrix_free=True), fewer samples or "
                 "parameters (params=...), or raise memory=."
@@ -130,13 +135,18 @@ class LowRankGGN(Quantity):
         """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``; or the operator of the mini-batch."""
         if self._works_free(batch):
             return _Collected(BatchOperator(batch))
-        V, gradients = (
-            {
-                name: torch.empty((batch.samples, count, *p.shape), dtype=p.dtype, device=p.device)
+
+        def empty(*lead: int) -> dict[str, Tensor]:
+            return {
+                name: torch.empty((*lead, *p.shape), dtype=p.dtype, device=p.device)
                 for name, p in batch.parameters.items()
             }
-            for count in (batch.loss.factor.columns_per_sample, 1 if batch.loss.weights is None else 0)
-        )
+
+        if batch.loss.whole is not None:  # rows of no sample
+            V, gradients = empty(1, len(batch.loss.whole.columns)), empty(batch.samples, 1)
+            return _Collected(None, None, {"factor": V, "gradient": gradients}, OF_NONE)
+        V = empty(batch.samples, batch.loss.factor.columns_per_sample)
+        gradients = empty(batch.samples, 1 if batch.loss.weights is None else 0)
         return _Collected(None, batch.loss.weights, {"factor": V, "gradient": gradients})
 
     def add(self, state: _Collected, key: str, rows: Rows) -> None:
@@ -149,7 +159,7 @@ class LowRankGGN(Quantity):
             return _Operators([state.operator], [1.0])
         V = state.blocks["factor"]
         n, c = next(iter(V.values())).shape[:2]
-        samples = torch.arange(n, device=next(iter(V.values())).device).repeat_interleave(c)
+        samples = state.first + torch.arange(n, device=next(iter(V.values())).device).repeat_interleave(c)
         weights = None if state.weights is None else state.weights.flatten()
         gradients = {} if weights is not None else {name: g[:, 0] for name, g in state.blocks["gradient"].items()}
         return _Factor({name: v.flatten(0, 1) for name, v in V.items()}, samples, weights, gradients)

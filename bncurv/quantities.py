@@ -66,7 +66,15 @@ class Quantity(BackpropExtension):
 
     def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """The columns to pull back, by a key; what several quantities share has one key and is pulled once."""
-        return {key: batch.loss if key == "gradient" else batch.loss.factor for key in self.wants}
+        return {key: batch.loss if key == "gradient" else self._factor(batch) for key in self.wants}
+
+    def _factor(self, batch: Batch) -> Source | WholeBatch:
+        """S; of a loss that compares samples as columns of the whole batch, for who asks for no samples' rows."""
+        if batch.loss.whole is None:
+            return batch.loss.factor
+        if not self.squares_only:
+            raise ValueError(f"{type(self).__name__} goes by samples, but {batch.loss.compares}")
+        return WholeBatch(batch.loss.whole.columns)
 
     def start(self, batch: Batch) -> Any:
         """Empty state for one mini-batch: zeros ``[*p]``, or ``[N, *p]`` per component."""

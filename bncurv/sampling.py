@@ -109,6 +109,8 @@ class _PerComponentSampled(_Sampled):
 
     def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
         """Per-sample columns, scaled so that V Vᵀ estimates G."""
+        if batch.loss.whole is not None:
+            raise ValueError(f"{type(self).__name__} goes by samples, but {batch.loss.compares}")
         drawn = self.draw(batch)
         return {f"sampled {id(self)}": replace(drawn, blocks=drawn.blocks * self.mc_samples**-0.5)}
 

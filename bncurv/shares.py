@@ -39,6 +39,8 @@ class Weights:
         if self._unit is None:
             self._unit = loss
             return 1.0
+        if loss.taken_as_a_whole:
+            raise ValueError(_neither(loss.name, "its Hessian is not block-diagonal over samples (it compares them)"))
         pair = self._unit, loss
         with contextlib.suppress(RuntimeError):  # of PyTorch's, where a loss has tensors of another dtype inside
             pair = self._unit.in_float64(), loss.in_float64()
@@ -83,15 +85,21 @@ def _ratio(loss: LossAtBatch, first: Known, second: Known) -> float | None:
     s1 = _multiple(b1, g1, 1 - s2)
     s2 = 1 - s1 if math.isnan(s2) else s2
     if not (_agree([2 * twice], [torch.cat([g, g])]) and _agree([b1, b2], [s1 * g1, (1 - s1) * g2])):
-        raise ValueError(
-            f"{loss.name} is neither a mean nor a sum over samples of a function of that sample's output and target: "
+        why = (
             "its gradient at two mini-batches joined is no multiple of theirs (it compares samples, takes a function "
-            "of their mean, or draws random numbers?). Over several mini-batches there is no such loss; pass one at a "
-            "time."
+            "of their mean, or draws random numbers?)"
         )
+        raise ValueError(_neither(loss.name, why))
     if s1 <= 10 * ulp(g1.dtype):
         return math.inf
     return max(s2, 0.0) / s1
+
+
+def _neither(name: str, why: str) -> str:
+    return (
+        f"{name} is neither a mean nor a sum over samples of a function of that sample's output and target: {why}. "
+        "Over several mini-batches there is no such loss; pass one at a time."
+    )
 
 
 def _multiple(actual: Tensor, of: Tensor, otherwise: float) -> float:

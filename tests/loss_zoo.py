@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 N, C = 6, 4
 EXACT, ZERO = "exact", "zero, said"
-NOT_CONVEX, COMPARES, ONCE = "refused: not convex", "refused: compares samples", "refused: once differentiable"
+NOT_CONVEX, ONCE, WHOLE = "refused: not convex", "refused: once differentiable", "exact, of the whole batch"
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,20 @@ def triplet(o: Tensor, y: Tensor) -> Tensor:
     return F.triplet_margin_loss(o, o.roll(1, 0), o.roll(2, 0), margin=5.0)
 
 
+def cox(o: Tensor, y: Tensor) -> Tensor:
+    """Who fails next among those still at risk; times y."""
+    at_risk = y[:, 0] >= y[:, :1]
+    return (o[:, 0].masked_fill(~at_risk, -torch.inf).logsumexp(1) - o[:, 0]).mean()
+
+
+def rank_net(o: Tensor, y: Tensor) -> Tensor:
+    return F.softplus((o - o.T)[y[:, :1] < y[:, 0]]).mean()
+
+
+def centred(o: Tensor, y: Tensor) -> Tensor:
+    return (o - o.mean(0) - y).square().mean()
+
+
 def ctc(o: Tensor, y: Tensor) -> Tensor:
     log_p = o.unflatten(1, (2, 2)).transpose(0, 1).log_softmax(2)
     return F.ctc_loss(log_p, torch.ones(len(o), 1).long(), torch.full((len(o),), 2), torch.ones(len(o)).long())
@@ -217,6 +231,9 @@ ZOO = [
     Entry("Charbonnier", lambda: charbonnier, numbers),
     Entry("Euclidean distance", lambda: euclidean, numbers),
     Entry("squared hinge", lambda: lambda o, y: (1 - o * y).relu().square().mean(), signs),
+    Entry("Cox partial likelihood", lambda: cox, numbers, WHOLE, out=1),
+    Entry("RankNet, pairs within the batch", lambda: rank_net, numbers, WHOLE, out=1),
+    Entry("squared error of centred outputs", lambda: centred, numbers, WHOLE),
     Entry("`L1Loss`", nn.L1Loss, numbers, ZERO),
     Entry("quantile (pinball)", lambda: pinball, numbers, ZERO),
     Entry("`HingeEmbeddingLoss`", nn.HingeEmbeddingLoss, signs, ZERO),
@@ -233,8 +250,8 @@ ZOO = [
     Entry("`CosineEmbeddingLoss`", lambda: cosine, numbers, NOT_CONVEX),
     Entry("Cauchy (Lorentzian)", lambda: cauchy, numbers, NOT_CONVEX),
     Entry("evidential regression", lambda: evidential, numbers, NOT_CONVEX),
-    Entry("NT-Xent", lambda: nt_xent, numbers, COMPARES),
-    Entry("triplets within the batch", lambda: triplet, numbers, COMPARES),
+    Entry("NT-Xent", lambda: nt_xent, numbers, NOT_CONVEX),
+    Entry("triplets within the batch", lambda: triplet, numbers, NOT_CONVEX),
     Entry("`MultiMarginLoss`", nn.MultiMarginLoss, classes, ONCE),
     Entry("`MultiLabelMarginLoss`", nn.MultiLabelMarginLoss, lambda n, c: torch.randint(-1, c, (n, c)), ONCE),
     Entry("CTC", lambda: ctc, classes, ONCE),

@@ -147,8 +147,20 @@ BATCHES = [
         ("MultiMarginLoss", "twice", "CrossEntropyLoss, MSELoss or BCEWithLogitsLoss", "register_loss"),
         loss=nn.MultiMarginLoss,
     ),
-    Bad("unknown_loss_class", ValueError, ("OtherLoss", "compares samples", "take any loss"), loss=OtherLoss),
-    Bad("mixing_loss", ValueError, ("MixingLoss", "compares samples", "take any loss"), loss=MixingLoss),
+    Bad(
+        "unknown_loss_class",
+        ValueError,
+        ("SqrtGGNExact goes by samples", "OtherLoss compares samples", "DiagGGNExact, DiagGGNMC and LowRankGGN"),
+        loss=OtherLoss,
+        quantities=(bncurv.SqrtGGNExact(),),
+    ),
+    Bad(
+        "mixing_loss",
+        ValueError,
+        ("SqrtGGNMC goes by samples", "MixingLoss compares samples"),
+        loss=MixingLoss,
+        quantities=(bncurv.SqrtGGNMC(),),
+    ),
     Bad(
         "same_quantity_twice",
         ValueError,

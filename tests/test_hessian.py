@@ -260,3 +260,85 @@ def test_float32_inside_a_float64_model_is_said() -> None:
     with pytest.warns(UserWarning, match="lost digits.*part of it is computed in float32"):
         got = hessian(lambda o, y: F.cross_entropy(o.float(), y), outputs(), classes())
     torch.testing.assert_close(got, hessian(nn.CrossEntropyLoss(), outputs(), classes()), rtol=1e-4, atol=1e-7)
+
+
+# ------------------------------------------------------------------- losses that compare samples
+
+
+def centred_sum(o: Tensor, y: Tensor) -> Tensor:
+    """Of rank (N - 1) C."""
+    return (o - o.mean(0)).square().sum() + 0.1 * o.sum()
+
+
+WHOLE = case("", lambda: mlp(4, 5, C), labelled(N, 4, C=C), lambda: centred_sum)
+
+
+def test_whole_factor() -> None:
+    columns = LossAtBatch(centred_sum, outputs(), classes(), scale=3.0).whole.columns
+    assert columns.shape == ((N - 1) * C, N, C)
+    S = columns.flatten(1)
+    torch.testing.assert_close(S.T @ S, 3 * reference.loss_hessian(centred_sum, outputs(), classes()))
+
+
+def test_whole_passes_and_low_rank() -> None:
+    model, loss_fn, X, y = WHOLE.build()
+    res = curvature(model, loss_fn, (X, y), DiagGGNExact())
+    assert res.passes == (N - 1) * C and res.method == "dense"
+    ggn = curvature(model, loss_fn, (X, y), LowRankGGN()).ggn
+    G = reference.ggn(model, loss_fn, X, y)
+    torch.testing.assert_close(ggn.eigenvalues, torch.linalg.eigvalsh(G).flip(0)[: len(ggn.eigenvalues)])
+    e = ggn.unit_vectors(2)
+    g = reference.component_gradients(model, loss_fn, X, y)
+    torch.testing.assert_close(ggn.slopes(2), torch.cat([t.flatten(1) for t in g.values()], 1) @ e)
+    want = -torch.linalg.solve(G + 0.1 * torch.eye(len(G)), ggn.gradient)
+    torch.testing.assert_close(torch.cat([t.flatten() for t in ggn.newton_step(0.1).values()]), want)
+    with pytest.raises(ValueError, match="rows of V belong to no sample.*no curvatures by sample"):
+        ggn.curvatures(2)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "labels"])
+def test_whole_draws(kind: str) -> None:
+    draws = LossAtBatch(centred_sum, outputs(), classes()).sample(20000, kind, torch.Generator().manual_seed(0))
+    S = draws.columns(slice(None)).flatten(1)
+    want = reference.loss_hessian(centred_sum, outputs(), classes())
+    assert (S.T @ S / len(S) - want).abs().max() < 0.03 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        bncurv.ComponentDiagGGNExact(),
+        bncurv.SqrtGGNExact(),
+        bncurv.ComponentDiagGGNMC(),
+        bncurv.SqrtGGNMC(kind="labels"),
+        bncurv.CouplingReport(),
+        LowRankGGN(top=1, matrix_free=True),
+    ],
+    ids=lambda q: type(q).__name__,
+)
+def test_whole_has_no_part_per_sample(quantity: Any) -> None:
+    model, loss_fn, X, y = WHOLE.build()
+    with pytest.raises(ValueError, match=rf"^{type(quantity).__name__}.* goes by samples, but centred_sum compares"):
+        curvature(model, loss_fn, (X, y), quantity)
+
+
+def test_whole_is_refused_beyond_its_size_and_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss_fn, X, y = WHOLE.build()
+    with pytest.raises(ValueError, match="centred_sum is neither a mean nor a sum over samples"):
+        curvature(model, loss_fn, [(X, y), (X, y)], DiagGGNExact())
+    monkeypatch.setattr(by_autograd, "LARGEST_WHOLE", N * C - 1)
+    with pytest.raises(ValueError, match="centred_sum compares samples.*has 24 rows; bncurv takes up to 23.*any loss"):
+        curvature(model, loss_fn, (X, y), DiagGGNExact())
+
+
+def test_whole_gesture() -> None:
+    class Centred(nn.Module):
+        def forward(self, o: Tensor, y: Tensor) -> Tensor:
+            return centred_sum(o, y)
+
+    (model, _, X, y), loss_fn = WHOLE.build(), extend(Centred())
+    extend(model)
+    with backpack(DiagGGNExact()):
+        loss_fn(model(X), y).backward()
+    want = reference.ggn_diagonal(*WHOLE.build())
+    assert_close({n: p.diag_ggn_exact for n, p in model.named_parameters()}, want)

@@ -20,6 +20,7 @@ from bncurv.lowrank.matrix import RowMatrix
 from bncurv.lowrank.steps import positive
 from bncurv.precision import full_precision
 
+OF_NONE = -1  # in place of a sample: a row of V that belongs to none
 DIRECT_SIZE = 1000  # smaller Gram matrices are decomposed directly, whatever ``top`` is
 
 
@@ -32,7 +33,8 @@ class LowRank(GGN):
         gradients: per-component gradients g_n by name, ``[N, *p]``; or weights w ``[K]`` with
             g_n = Σ_{k of n} w[k] V[k].
         top: compute only so many eigenpairs (Lanczos on the rows); ``None``: all.
-        samples: the sample n of each row, ``[K]``; ``None``: K / N of each, in order (needs gradients by name).
+        samples: the sample n of each row, ``[K]`` (`OF_NONE`: of no sample); ``None``: K / N of each, in order
+            (needs gradients by name).
     """
 
     def __init__(
@@ -143,6 +145,11 @@ class LowRank(GGN):
 
     def _per_sample(self, t: Tensor) -> Tensor:
         """Sum over the rows of each sample, ``[K, ...] → [N, ...]``."""
+        if len(self._samples) and int(self._samples[0]) == OF_NONE:
+            raise ValueError(
+                "These rows of V belong to no sample, since the loss compares samples: there are no curvatures by "
+                "sample. eigenvalues, eigenvectors, slopes, products, solves and Newton steps need none."
+            )
         count = int(self._samples[-1]) + 1 if len(self._samples) else 0
         return t.new_zeros(count, *t.shape[1:]).index_add_(0, self._samples, t)
 
