@@ -157,9 +157,9 @@ BATCHES = [
     Bad(
         "mixing_loss",
         ValueError,
-        ("SqrtGGNMC goes by samples", "MixingLoss compares samples"),
+        ("ComponentDiagGGNExact goes by samples", "MixingLoss compares samples"),
         loss=MixingLoss,
-        quantities=(bncurv.SqrtGGNMC(),),
+        quantities=(bncurv.ComponentDiagGGNExact(),),
     ),
     Bad(
         "same_quantity_twice",
