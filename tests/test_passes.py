@@ -25,6 +25,20 @@ def test_cotangents_are_not_views():
     assert torch.allclose(*pulled)
 
 
+def test_what_does_not_fit_is_not_tried_again():
+    x, tries = torch.randn(4, requires_grad=True), []
+
+    def full(g: Tensor) -> None:
+        tries.append(1)
+        raise torch.OutOfMemoryError
+
+    y = x * 2
+    y.register_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        vjp([y * 1], [x], [torch.ones(2, 4)])
+    assert len(tries) == 1
+
+
 @pytest.mark.parametrize("method", ["dense", "coupled"])
 def test_bias_before_a_batch_norm_alone(method):
     """All of its rows are rounding: nothing is left to be compared."""
@@ -132,21 +146,36 @@ def test_rows_that_vanish_do_not_drown_the_others():
     assert examine(lambda v: [v @ projection], u, [rows]) is Verdict.OTHER_ROWS
 
 
+def test_rows_of_every_class_are_picked():
+    u = torch.randn(48, 3, dtype=torch.float64)
+    for classes in (2, 3):
+        wrong = 1 + 1e-3 * (torch.arange(48) % classes == 1)[:, None]
+        assert examine(lambda v: [v], u, [wrong * u]) is Verdict.OTHER_ROWS
+
+
+def test_passes_that_are_not_linear():
+    u = torch.randn(4, 3, dtype=torch.float64)
+    assert examine(lambda v: [v.clamp(-0.1, 0.1)], u, [u]) is Verdict.NOT_LINEAR
+
+
 def test_rows_are_picked_from_all():
     u = torch.randn(200, 3, dtype=torch.float64)
     wrong = 1 + 1e-3 * (torch.arange(200) > 100)[:, None]
     assert examine(lambda v: [v], u, [wrong * u]) is Verdict.OTHER_ROWS
 
 
-@pytest.mark.parametrize("samples", [4, 60])
-def test_examination_takes_one_pass(samples, monkeypatch):
+@pytest.mark.parametrize(
+    "samples,chunk,method,expected",
+    [(4, None, "dense", 2), (4, None, "auto", 2), (60, None, "dense", 2), (60, 30, "dense", 3)],
+)
+def test_examination_takes_one_pass(samples, chunk, method, expected, monkeypatch):
     """Also where rows are nothing but rounding: those of a bias before a BatchNorm."""
     model, passes = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), []
     own = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (passes.append(1), own(*args, **kwargs))[1])
     data = torch.randn(samples, 4), torch.randint(2, (samples,))
-    curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), method="dense")
-    assert len(passes) == 2
+    curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), method=method, chunk_size=chunk)
+    assert len(passes) == expected
 
 
 def test_rows_that_vanish_wrongly():
@@ -192,6 +221,14 @@ def test_coupling_below_the_rounding_of_a_loud_sample():
     u = torch.tensor([[1e20], [1.0]], dtype=torch.float64)
     couple = lambda v: [v + torch.stack([v[1], 0 * v[1]])]  # noqa: E731
     assert torch.equal(couple(u)[0], u) and leaks(couple, u, couple(u), 2)
+    beside = lambda v: [*couple(v), 0 * v]  # noqa: E731  an edge that nothing reaches
+    assert leaks(beside, u, beside(u), 2)
+
+
+def test_rounding_that_scaling_changes_is_no_coupling():
+    u = torch.randn(4, 3, dtype=torch.float64)
+    rounded = lambda v: [v * torch.where(v.abs() > 1, 1 + 2.0**-52, 1.0)]  # noqa: E731
+    assert not leaks(rounded, u, rounded(u), 4)
 
 
 def test_batch_norm_that_cannot_be_cut_is_named():
@@ -230,6 +267,11 @@ def test_two_kinds_of_rounding_are_no_disagreement():
     assert not disagreeing(noisy, u, {"p": Sum(value, terms=1.0)}, lambda name: 0.0)
     assert disagreeing(noisy, u, {"p": Sum(value, terms=1e-3)}, lambda name: 0.0)["p"].cancelled is False
     assert disagreeing(lambda u: {"p": 1e-9 * u}, u, {"p": Sum(1e-9 * u + value, terms=1.0)}, float)["p"].cancelled
+
+
+def test_what_an_ordinary_pass_does_not_give():
+    found = disagreeing(lambda u: {"p": 0 * u}, torch.ones(3), {"p": Sum(torch.ones(3), terms=1.0)}, lambda name: 0.0)
+    assert found["p"].size == 1
 
 
 def test_checks_of_the_coupled_way_take_few_passes(monkeypatch):
