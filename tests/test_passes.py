@@ -227,7 +227,7 @@ def test_coupling_below_the_rounding_of_a_loud_sample():
 
 def test_rounding_that_scaling_changes_is_no_coupling():
     u = torch.randn(4, 3, dtype=torch.float64)
-    rounded = lambda v: [v * torch.where(v.abs() > 1, 1 + 2.0**-52, 1.0)]  # noqa: E731
+    rounded = lambda v: [torch.where(v.abs() > 1, v * (1 + 2.0**-52), v)]  # noqa: E731
     assert not leaks(rounded, u, rounded(u), 4)
 
 
