@@ -143,8 +143,6 @@ class Influence(Procedure):
         )
         engine.back.note(2)
         along = torch.stack([(g * v.to(g)).sum() for g, v in zip(mixed, self._direction.values(), strict=True)]).sum()
-        if not along.requires_grad:  # the direction's parameters play no part
-            return torch.zeros_like(h)
         return torch.autograd.grad(along, epsilon, materialize_grads=True)[0]
 
     # ---------------------------------------------------------------- through the cut

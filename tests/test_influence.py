@@ -172,6 +172,23 @@ def test_projections_on_the_gradient_itself_sum_to_its_squared_norm():
         assert float(found.sum()) == pytest.approx(sum(float(g.square().sum()) for g in gradient), rel=1e-12)
 
 
+def test_loss_without_curvature():
+    with float64(0):
+        model, _, X, y = problem("mlp", 9, nn.MSELoss())
+        y = torch.randn(9, 3)
+        res = curvature(model, lambda output, y: (output * y).mean(), (X, y), InfluenceGrad(), ComponentGrad())
+        assert_close({n: t.sum(0) for n, t in res.grad_influence.items()},
+                     {n: t.sum(0) for n, t in res.grad_component.items()})  # fmt: skip
+
+
+def test_direction_that_plays_no_part():
+    with float64(0):
+        model, loss_fn, X, y = problem("mlp", 9, nn.CrossEntropyLoss())
+        model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+        found = curvature(model, loss_fn, (X, y), InfluenceProjection({"unused": torch.ones(2)}))
+        assert torch.equal(found.influence_projection, torch.zeros(9))
+
+
 def test_projection_takes_two_passes():
     model, X, y = mlp(4, 6, 3), torch.randn(50, 4), torch.randint(3, (50,))
     v = {"0.weight": torch.ones(6, 4)}
@@ -188,6 +205,9 @@ def test_passes(monkeypatch):
 
     assert passes(20) == 20
     assert passes(200) == 1 + 10 + 22
+    parts = {"a": nn.Linear(4, 5), "b": nn.BatchNorm1d(5), "scale": nn.Parameter(torch.ones(5))}
+    model = Net(lambda net, x: torch.tanh(net.b(net.a(x))) @ net.scale.diag()[:, :3], **parts)  # no layer's parameter
+    assert passes(60) == 60
 
 
 def test_mini_batches():
