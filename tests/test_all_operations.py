@@ -125,7 +125,10 @@ def test_operations_in_a_network():
     for op in operations():
         for sample in calls(op, None if op.name in WRONG else 4):
             with float64(0):
-                problem = network(op, sample)
+                try:
+                    problem = network(op, sample)
+                except NotImplementedError:  # for this layout
+                    problem = None
                 if problem is None:
                     continue
                 model, X, y = problem
