@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bncurv.agreement import Sum, disagreeing, largest
 from bncurv.blocks import Correction, Source
-from bncurv.certificate import find_mixing
+from bncurv.certificate import find_mixing, leaking
 from bncurv.graph import Trace
+from bncurv.layers import Embedding, Expanded
 from bncurv.passes import Passes, vjp
 from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
@@ -45,11 +46,15 @@ class Assurance:
         trace: the traced graph.
         products: parameter products there.
         sources: the columns that will be pulled back.
+
+    Attributes:
+        strange: once `mixing` was asked, the sites of tables and of copied parameters whose rows are no samples'.
     """
 
     def __init__(self, passes: Passes, trace: Trace, products: Products, sources: list[Source]) -> None:
         self._passes, self._trace, self._products, self._sources = passes, trace, products, sources
         self._output, self._structure = passes.output, passes.structure
+        self.strange: set[int] = set()
 
     @functools.cached_property
     def _u(self) -> Tensor:
@@ -96,7 +101,16 @@ class Assurance:
             self._passes.demand_linear(edges, u)
             delta = pull(u)
             self._probe = u, {j: None if d is None else d[None] for j, d in zip(watched, delta, strict=True)}
-            return find_mixing(pull, u, delta, self._trace)
+            rows = [i for i, j in enumerate(watched) if self._table(j)]
+            others = [None if i in rows else d for i, d in enumerate(delta)]
+            if rows and self._passes.samples > 1:
+                bad = leaking(pull, u, [d if i in rows else None for i, d in enumerate(delta)], self._passes.samples)
+                self.strange |= {watched[i] for i in bad}
+            return find_mixing(pull, u, others, self._trace)
+
+    def _table(self, j: int) -> bool:
+        mark = self._trace.sites[j].mark
+        return mark.call is not None and isinstance(mark.call.layer, Expanded | Embedding)
 
     def disagreeing(
         self, names: list[str], directions: Corrections, error: Mapping[str, float], method: str

@@ -27,18 +27,27 @@ Gradients = list[Tensor | None]
 
 
 def leaks(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, samples: int) -> bool:
-    """Whether scaling the cotangents ``u [n·t, ...]`` per sample does more than scale their gradients.
+    """Whether `leaking` finds anything."""
+    return bool(leaking(pull, u, plain, samples))
+
+
+def leaking(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, samples: int) -> set[int]:
+    """Where scaling the cotangents ``u [n·t, ...]`` per sample does more than scale their gradients.
 
     Args:
         pull: an ordinary backward pass.
         u: cotangents, sample by sample.
         plain: their gradients, ``[n·t, ...]`` each; others are passed over.
         samples: N.
+
+    Returns:
+        Indices into ``plain``.
     """
+    found = set[int]()
     checked = [i for i, p in enumerate(plain) if p is not None and p.numel() and p.shape[0] % samples == 0]
     before = [_by_sample(plain[i], samples) for i in checked]
     if not before:
-        return False
+        return found
     sizes = [loudness(p) for p in before]
     level, place = power_of_two(torch.stack(sizes).amax(0)), 1
     rank = level.argsort(descending=True).argsort()
@@ -49,9 +58,9 @@ def leaks(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, samp
             after = scaled[i]
             back = torch.zeros_like(p) if after is None else _by_sample(after, samples) / scale[:, None].to(p.dtype)
             if bool(((back - p).abs() > COUPLED[p.dtype] * p.abs() + _rounded(p, size)[:, None]).any()):
-                return True
+                found.add(i)
         place *= BASE
-    return False
+    return found
 
 
 def _rounded(p: Tensor, size: Tensor) -> Tensor:

@@ -131,11 +131,7 @@ class Engine:
         if self._method == "dense":
             return "dense"
         if self.slow and self._columns:
-            warn_slow(
-                f"No parameter product for {listed(self.slow)} (used outside the layer table, on rows that are no "
-                "samples, or below a tensor hook on a layer's output): exact, but by one backward pass per component "
-                "(slow). Leave them out with params=..., or add the layer with bncurv.register_layer."
-            )
+            self._warn(self.slow)
         if not self._columns:
             return "dense"
         if self._method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow):
@@ -146,7 +142,18 @@ class Engine:
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
+        strange = [n for n in self.wanted if n not in self.slow and self.structure.sites(n) & self._checks.strange]
+        if strange and not problem:
+            self._warn(strange)
+            self.slow += strange
         return "dense" if problem else "coupled"
+
+    def _warn(self, slow: list[str]) -> None:
+        warn_slow(
+            f"No parameter product for {listed(slow)} (used outside the layer table, on rows that are no "
+            "samples, or below a tensor hook on a layer's output): exact, but by one backward pass per component "
+            "(slow). Leave them out with params=..., or add the layer with bncurv.register_layer."
+        )
 
     @property
     def planned(self) -> int:

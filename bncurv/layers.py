@@ -99,7 +99,7 @@ class Layer(ABC):
         """Left operand ``[q, n, g, o, s]`` from the cotangents ``delta [q, n, ...]`` of the output."""
 
     @abstractmethod
-    def right(self, role: str, arguments: Arguments, x: Tensor) -> Tensor | None:
+    def right(self, role: str, arguments: Arguments, x: Any) -> Tensor | None:
         """Right operand ``[g, n, s, i]`` from the input ``x [n, ...]``; ``None`` for ones.
 
         ``arguments`` holds the same samples of the other ``inputs``.
@@ -245,7 +245,7 @@ class Affine(Layer):
 class LayerNorm(Affine):
     """Layer normalisation: features are the trailing axes."""
 
-    arguments = ("input", "normalized_shape", "weight", "bias", "eps")
+    arguments: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
 
     def accepts(self, arguments):
         return arguments["input"].dim() > len(arguments["normalized_shape"])  # not over the samples
@@ -327,6 +327,88 @@ class Embedding(Layer):
         return super().unfold(role, result.mT, shape)
 
 
+class RMSNorm(LayerNorm):
+    """Root-mean-square normalisation over the trailing axes."""
+
+    arguments = ("input", "normalized_shape", "weight", "eps")
+    parameters = ("weight",)
+
+    def normalised(self, arguments, x):
+        return nnf.rms_norm(x, arguments["normalized_shape"], eps=arguments.get("eps"))
+
+
+class PReLU(Affine):
+    """``y = max(x, 0) + weight min(x, 0)`` with one weight, or one per channel."""
+
+    arguments = ("input", "weight")
+    parameters = ("weight",)
+
+    def normalised(self, arguments, x):
+        return x.clamp(max=0)
+
+    def spread(self, arguments, x, lead):
+        if arguments["weight"].numel() == 1:
+            return x.reshape(*x.shape[: lead + 1], 1, -1)
+        return super().spread(arguments, x, lead)
+
+
+class MatMul(Linear):
+    """``y = x W``: a linear layer whose weight is stored the other way round."""
+
+    arguments: tuple[str, ...] = ("input", "weight")
+    parameters: tuple[str, ...] = ("weight",)
+
+    def accepts(self, arguments):
+        x, weight = arguments.get("input"), arguments.get("weight")
+        return isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dim() > 1 and weight.dim() == 2
+
+    def channels_lead(self, output):
+        return False
+
+    def unfold(self, role, result, shape):
+        return super().unfold(role, result.mT if role == "weight" else result, shape)
+
+    def flops(self, arguments, output):
+        return 2.0 * output.numel() * arguments["weight"].shape[0]
+
+
+class AddMM(MatMul):
+    """``y = b + x W``."""
+
+    arguments = ("bias", "input", "weight")
+    parameters = ("weight", "bias")
+
+    def accepts(self, arguments):
+        bias = arguments.get("bias")
+        plain = isinstance(bias, Tensor) and bias.dim() == 1 and not {"alpha", "beta"} & arguments.keys()
+        return plain and super().accepts(arguments) and bias.shape == arguments["weight"].shape[1:]
+
+
+class Expanded(Layer):
+    """A parameter that every row of the data has a copy of, ``rows = weight.expand(...)``; no torch function's.
+
+    The cotangent of a row is its gradient, summed over the axes along which the parameter was repeated.
+    """
+
+    arguments = ("weight",)
+    inputs = ()
+    parameters = ("weight",)
+
+    def accepts(self, arguments):
+        return False
+
+    def left(self, role, arguments, delta):
+        shape = arguments["weight"].shape
+        own = (1,) * (delta.dim() - 1 - len(shape)) + tuple(shape)  # the rows' axis first
+        kept = [axis for axis, length in enumerate(own) if axis and length > 1]
+        gone = [axis for axis, length in enumerate(own) if axis and length == 1]
+        found = delta.permute(0, 1, *(axis + 1 for axis in (*kept, *gone)))
+        return found.reshape(*delta.shape[:2], 1, shape.numel(), -1)
+
+    def right(self, role, arguments, x):
+        return None
+
+
 LAYERS: dict[Callable, Layer] = {
     nnf.linear: Linear(),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), Conv()),
@@ -336,7 +418,12 @@ LAYERS: dict[Callable, Layer] = {
     nnf.instance_norm: InstanceNorm(),
     nnf.batch_norm: BatchNormEval(),
     nnf.embedding: Embedding(),
+    nnf.rms_norm: RMSNorm(),
+    **dict.fromkeys((torch.prelu, Tensor.prelu), PReLU()),
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), MatMul()),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), AddMM()),
 }
+EXPANDED = Expanded()
 
 
 def register_layer(function: Callable, layer: Layer) -> None:

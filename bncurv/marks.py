@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,33 @@ def metadata(node: Node) -> dict[str, Any]:
     return notes
 
 
+def leaves_of(t: Tensor, learnt: Container[int], most: int = 1000) -> list[Tensor] | None:
+    """The parameters (ids in ``learnt``) that a tensor is computed from, by operations that leave no mark.
+
+    Returns:
+        ``None`` if there is anything else on its graph: a marked call, a hook, another leaf, or too much of it.
+    """
+    found: dict[int, Tensor] = {}
+    seen: set[Node] = set()
+    if t.is_leaf:
+        return [t] if id(t) in learnt else None
+    stack = [t.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        notes, variable = metadata(node), getattr(node, "variable", None)
+        if MARK in notes or HOOKED in notes or len(seen) > most:
+            return None
+        if variable is not None:
+            if id(variable) not in learnt:
+                return None
+            found[id(variable)] = variable
+        stack.extend(below for below, _ in node.next_functions)
+    return list(found.values()) or None
+
+
 def edges_below(node: Node) -> list[GradientEdge]:
     """Where a node's inputs come from."""
     return [GradientEdge(below, output_nr) for below, output_nr in node.next_functions if below is not None]
@@ -50,6 +78,7 @@ class Call:
         name: qualified name of the module that made the call.
         arguments: of the function, by name.
         parameters: those among the arguments that the output was differentiable by, by role.
+        leaves: of a parameter that is computed, W = φ(θ), what it is computed from, by role.
         output: shape of the output.
         versions: of the inputs, to tell later changes in place.
         below: where the inputs come from.
@@ -62,12 +91,19 @@ class Call:
     output: torch.Size
     versions: list[int]
     below: list[GradientEdge]
+    leaves: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def learnt(self) -> Iterator[tuple[str, Tensor]]:
+        """Roles and the parameters θ behind them."""
+        for role, p in self.parameters.items():
+            for leaf in self.leaves.get(role, (p,)):
+                yield role, leaf
 
     def right(self, role: str, rows: slice = slice(None)) -> Tensor | None:
         """Right operand of a parameter product for some ``rows`` of the input."""
         inputs = {key: self.arguments[key] for key in self.layer.inputs}
         sliced = {key: x.detach()[rows] for key, x in inputs.items()}
-        right = self.layer.right(role, self.arguments | sliced, sliced["input"])
+        right = self.layer.right(role, self.arguments | sliced, sliced.get("input"))
         if right is not None and [x._version for x in inputs.values()] != self.versions:
             raise RuntimeError(
                 f"The input of layer '{self.name}' was modified in place after the layer had used it, so its "

@@ -14,6 +14,8 @@ from bncurv.blocks import Correction
 from bncurv.budget import RIGHT_BYTES, ROW_BYTES, chunks
 from bncurv.graph import Trace
 from bncurv.layers import Layer, Product
+from bncurv.linearity import Verdict, examine
+from bncurv.passes import vjp
 from bncurv.precision import within_range
 from bncurv.squares import sum_squares
 from bncurv.structure import Structure
@@ -49,6 +51,8 @@ class Products:
         self._first: dict[tuple[int, str], Tensor | None] = {}
         self._kept: dict[tuple[int, str], bool] = {}
         self._means: dict[tuple[int, str], Tensor] = {}
+        self._examined: set[tuple[int, str, str]] = set()  # ways through φ
+        self._singly: set[tuple[int, str, str]] = set()  # of these, where PyTorch's batched pass is another one
 
     def zeros(self, name: str, *lead: int) -> Tensor:
         """Zero rows ``[*lead, *p]`` of a parameter."""
@@ -124,7 +128,7 @@ class Products:
 
     # ---------------------------------------------------------------- products
     def summed_at(self, j: int, role: str, delta: Tensor) -> Tensor:
-        """One parameter's product with ``delta [q, ...]`` at one site, summed over the batch: ``[q, *p]``."""
+        """The product with ``delta [q, ...]`` of what is used at one site, summed over the batch: ``[q, *W]``."""
         call = self._trace.sites[j].call
         shape = call.arguments[role].shape
         if self._centred_ones(j, role):
@@ -146,6 +150,7 @@ class Products:
             d = delta.get(j)
             if d is not None:
                 rows = sums[j][:, ("bias", "weight").index(role)] if j in sums else self.summed_at(j, role, d)
+                rows = self._through(j, role, name, rows)
                 total = rows if total is None else total + rows
         return self.zeros(name, count) if total is None else total
 
@@ -157,6 +162,7 @@ class Products:
             if d is None or self._centred_ones(j, role):
                 continue
             rows = self._own_at(j, role, d, n)
+            rows = self._through(j, role, name, rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
             total = rows if total is None else total + rows
         return self.zeros(name, n.stop - n.start, count) if total is None else total.contiguous()
 
@@ -174,6 +180,24 @@ class Products:
         if t > 1:
             found = found.unflatten(0, (-1, t)).sum(1)
         return call.layer.unfold(role, found, call.arguments[role].shape)
+
+    def _through(self, j: int, role: str, name: str, rows: Tensor) -> Tensor:
+        """Rows ``[q, *W]`` of a computed parameter W = φ(θ) pulled back through φ: ``[q, *θ]``; else themselves."""
+        call, p = self._trace.sites[j].call, self.wanted[name]
+        if role not in call.leaves or not len(rows):
+            return rows
+
+        def pull(u: Tensor) -> list[Tensor | None]:
+            return vjp([call.parameters[role]], [p], [u], singly=True)
+
+        key = j, role, name
+        (got,) = vjp([call.parameters[role]], [p], [rows], singly=key in self._singly)
+        if key not in self._examined:
+            self._examined.add(key)
+            if examine(pull, rows, [got]) is not Verdict.RIGHT:
+                self._singly.add(key)
+                (got,) = pull(rows)
+        return self.zeros(name, len(rows)) if got is None else got
 
     def centre(self, name: str, product: Tensor, received: Mapping[int, Tensor]) -> Tensor:
         """Σ δ x → Σ δ (x - x̄) in ``product [q, *p]``; by site, what its BatchNorm's mean ``received [q, o]``: -Σ δ."""
@@ -194,7 +218,7 @@ class Products:
     def factors(self, name: str) -> bool:
         """Whether a parameter's rows are outer products of one call, one per sample."""
         uses = self.uses.get(name, ())
-        if len(uses) != 1:
+        if len(uses) != 1 or uses[0][1] in self._trace.sites[uses[0][0]].call.leaves:
             return False
         call = self._trace.sites[uses[0][0]].call
         right = self._one_row(*uses[0])

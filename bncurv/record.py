@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from bncurv.batchnorm import batch_norm
 from bncurv.eager import release, run_eagerly
 from bncurv.gate import COUPLED, Coupling, Gates, recoupled
-from bncurv.layers import LAYERS, BatchNormTrain, Layer
+from bncurv.layers import EXPANDED, LAYERS, BatchNormTrain, Layer
 from bncurv.marks import (
     HOOKED,
     LOWERED,
@@ -38,9 +38,11 @@ from bncurv.marks import (
     Call,
     Mark,
     edges_below,
+    leaves_of,
     metadata,
     plain_tensor,
 )
+from bncurv.meeting import ELEMENTWISE, EXPANDING, copied, name_of, spread
 
 HALF = (torch.float16, torch.bfloat16)
 _TRAIN = BatchNormTrain()
@@ -73,8 +75,6 @@ def _plain_wanted(x: Tensor, *affine: Tensor | None) -> str | None:
     return "torch.utils.checkpoint" if _checkpointing() else None
 
 
-
-
 class Recorder(TorchFunctionMode):
     """Watch the forward pass of ``model`` inside a ``with`` block.
 
@@ -87,6 +87,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._private, self._model = private, model
         self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
+        self._learnt = {id(p) for p in model.parameters()}
+        self._fixed = {id(b) for b in model.buffers()}
 
     def __enter__(self) -> Recorder:
         self._stack, self._gates, self._thread = [type(self._model).__name__], Gates(), threading.get_ident()
@@ -164,10 +166,12 @@ class Recorder(TorchFunctionMode):
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The call itself; marked, where it is one of the table."""
         layer = LAYERS.get(func)
-        if layer is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if layer is None:
+            return self._meet(func, args, kwargs)
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
-        coupled = func is nnf.batch_norm and arguments.get("training", False)
+        coupled = func is nnf.batch_norm and arguments.get("training", False) and not self._alone(arguments["input"])
         affine = (arguments.get("weight"), arguments.get("bias"))
         reason = _plain_wanted(arguments["input"], *affine) if coupled else None
         if coupled and not reason:
@@ -180,6 +184,24 @@ class Recorder(TorchFunctionMode):
         if layer.accepts(arguments):
             self._mark(output, layer, arguments)
         return output
+
+    def _meet(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call of no row of the table; parameters that meet data there are marked."""
+        name = name_of(func)
+        if name in ELEMENTWISE and not _recomputes():
+            args, kwargs = spread(args, kwargs, self._learnt, self._fixed, self._mark_copies)
+        output = func(*args, **kwargs)
+        if name in EXPANDING and not _recomputes():
+            copied(output, args[0], self._learnt, self._mark_copies)
+        return output
+
+    def _mark_copies(self, rows: Tensor, p: Tensor) -> None:
+        self._mark(rows, EXPANDED, {"weight": p})
+
+    def _alone(self, *inputs: Tensor) -> bool:
+        """Whether inputs are made from parameters alone: then a call is a part of what computes another parameter."""
+        own = (id(x) in self._fixed or (x.requires_grad and leaves_of(x, self._learnt) is not None) for x in inputs)
+        return bool(inputs) and all(own)
 
     def _retain_grad(self, x: Tensor) -> None:
         if self._private and x.requires_grad:
@@ -200,17 +222,28 @@ class Recorder(TorchFunctionMode):
             axes = (1, -1) + (1,) * (x.dim() - 2)
             for role, combine in (("weight", torch.mul), ("bias", torch.add)):
                 p = affine[role]
-                y = y if p is None else combine(y, p.view(axes))
+                both = (y,) if p is None else (y, p.view(axes))
+                both, _ = spread(both, {}, self._learnt, self._fixed, self._mark_copies)
+                y = y if p is None else combine(*both)
         return y if isinstance(y, kind) else y.as_subclass(kind)
 
     def _mark(self, output: Tensor, layer: Layer, arguments: dict[str, Any], coupling: Coupling | None = None) -> None:
         given = {role: arguments.get(role) for role in layer.parameters}
         learnt = {role: p for role, p in given.items() if p is not None and p.requires_grad}
-        if output.grad_fn is None or not (learnt or coupling) or not all(p.is_leaf for p in learnt.values()):
+        if output.grad_fn is None or not (learnt or coupling):
+            return
+        if not coupling and self._alone(*(arguments[key] for key in layer.inputs)):
+            return
+        computed = {role: leaves_of(p, self._learnt) for role, p in learnt.items() if not p.is_leaf}
+        leaves = {role: found for role, found in computed.items() if found is not None}
+        others = [learnt.pop(role) for role, found in computed.items() if found is None]  # from data: no parameters
+        if not (learnt or coupling):
             return
         arguments = {key: plain_tensor(t) for key, t in arguments.items()}
         inputs = [arguments[key] for key in layer.inputs]
-        below = [get_gradient_edge(x) for x in inputs if x.requires_grad]
+        below = [get_gradient_edge(x) for x in (*inputs, *others) if x.requires_grad]
         versions = [x._version for x in inputs]
-        call = Call(layer, self._stack[-1], arguments, learnt, output.shape, versions, below) if learnt else None
+        call = (
+            Call(layer, self._stack[-1], arguments, learnt, output.shape, versions, below, leaves) if learnt else None
+        )
         metadata(output.grad_fn)[MARK] = Mark(call, coupling, output.output_nr, len(output), tuple(below))

@@ -89,7 +89,7 @@ class Structure:
             return None
         for i in self.calls_in(self._trace.sites[j].upstream):
             call, edge = self._trace.sites[i].call, self._trace.sites[i].edge
-            if edge.node is below[0].node and call.layer.channels_lead(call.output):
+            if edge.node is below[0].node and call.layer.channels_lead(call.output) and not call.leaves:
                 if (edge.node, edge.output_nr) in self._trace.hooked:
                     return None  # the hook acts between the layer and its BatchNorm
                 whole = edge.output_nr == below[0].output_nr and call.output == shape
@@ -103,7 +103,7 @@ def _uses(trace: Trace, wanted: Mapping[str, Tensor]) -> dict[str, list[tuple[in
     names = {id(p): name for name, p in wanted.items() if id(p) not in loose}
     found: dict[str, list[tuple[int, str]]] = {}
     for j, site in enumerate(trace.sites):
-        for role, p in site.call.parameters.items() if site.mark.call and site.call.output[0] else ():
+        for role, p in site.call.learnt() if site.mark.call and site.call.output[0] else ():
             if id(p) in names:
                 found.setdefault(names[id(p)], []).append((j, role))
     return found

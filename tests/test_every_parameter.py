@@ -1,0 +1,167 @@
+"""Parameters outside of plain layers: computed weights, parameters that broadcast against data, matrix products."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from cases import Net, float64, perturb
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, reference
+from bncurv.api import Results
+
+P = nn.Parameter
+N = 24
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return P(0.5 + 0.5 * torch.rand(shape))
+
+
+def images(between: Callable = lambda net, h: h, **parts: Callable) -> Callable[[], nn.Module]:
+    """Conv, BatchNorm, something, pooling, linear."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.n(net.a(x.view(-1, 2, 4, 4))))
+        return net.o(between(net, h).mean((2, 3)))
+
+    make = {"a": lambda: nn.Conv2d(2, 4, 3), "n": lambda: nn.BatchNorm2d(4), "o": lambda: nn.Linear(4, 3)}
+    return lambda: Net(forward, **{key: m() for key, m in {**make, **parts}.items()})
+
+
+def rows(between: Callable, tokens: int = 4, width: int = 4, **parts: Callable) -> Callable[[], nn.Module]:
+    """Tokens, linear layer, BatchNorm over its features, something, mean, linear."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x.view(-1, tokens, 32 // tokens))
+        h = torch.tanh(net.n(h.transpose(1, 2)).transpose(1, 2))
+        return net.o(between(net, h).mean(1))
+
+    make = {"a": lambda: nn.Linear(32 // tokens, width), "n": lambda: nn.BatchNorm1d(width)}
+    make["o"] = lambda: nn.Linear(width, 3)
+    return lambda: Net(forward, **{key: m() for key, m in {**make, **parts}.items()})
+
+
+class Mask(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w * (torch.arange(w.numel()) % 3 > 0).to(w).view_as(w)
+
+
+def pruned() -> nn.Module:
+    return parametrize.register_parametrization(nn.Conv2d(2, 4, 3), "weight", Mask())
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), True)) / (w.std((1, 2, 3), keepdim=True) + 1e-3)
+        return nnf.conv2d(x, w, self.bias)
+
+
+class LoRA(nn.Linear):
+    def __init__(self, *size: int) -> None:
+        super().__init__(*size)
+        self.up, self.down = parameter(size[1], 2), parameter(2, size[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nnf.linear(x, self.weight + self.up @ self.down, self.bias)
+
+
+def token(net: Net, h: Tensor) -> Tensor:
+    return torch.cat([net.cls.expand(len(h), -1, -1), h], 1) + net.pos
+
+
+FAST: dict[str, Callable[[], nn.Module]] = {
+    "weight norm": images(a=lambda: parametrizations.weight_norm(nn.Conv2d(2, 4, 3))),
+    "spectral norm": images(a=lambda: parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)).eval()),
+    "orthogonal": rows(lambda net, h: net.q(h), q=lambda: parametrizations.orthogonal(nn.Linear(4, 4))),
+    "pruned": images(a=pruned),
+    "standardised": images(a=lambda: Standardised(2, 4, 3)),
+    "LoRA": rows(lambda net, h: net.q(h), q=lambda: LoRA(4, 4)),
+    "tied, transposed": rows(lambda net, h: nnf.linear(net.q(h).tanh(), net.q.weight.t()), q=lambda: nn.Linear(4, 5)),
+    "straight-through": rows(
+        lambda net, h: nnf.linear(h, net.w + (net.w.round() - net.w).detach()), w=lambda: parameter(4, 4)
+    ),
+    "packed": rows(lambda net, h: nnf.linear(h, net.w[:4]) * nnf.linear(h, net.w[4:]), w=lambda: parameter(8, 4)),
+    "computed bias": rows(
+        lambda net, h: nnf.linear(h, net.w, net.b.exp()), w=lambda: parameter(4, 4), b=lambda: parameter(4)
+    ),
+    "LayerScale": images(lambda net, h: h + net.g * net.n2(net.b(h)), g=lambda: parameter(4, 1, 1),
+                         b=lambda: nn.Conv2d(4, 4, 1), n2=lambda: nn.BatchNorm2d(4)),
+    "LayerScale, viewed": images(lambda net, h: h + h.sin() * net.g.view(1, -1, 1, 1), g=lambda: parameter(4)),
+    "0-d temperature": images(lambda net, h: h / net.t, t=lambda: parameter()),
+    "0-d exponent": images(lambda net, h: h.square().add(0.1) ** net.t, t=lambda: parameter()),
+    "exponential of a gate": images(lambda net, h: h * torch.sigmoid(net.g)[:, None, None], g=lambda: parameter(4)),
+    "in place": images(lambda net, h: (h * 1.0).mul_(net.g).add_(net.g), g=lambda: parameter(4, 1, 1)),
+    "token and positions": rows(token, cls=lambda: parameter(1, 1, 4), pos=lambda: parameter(1, 5, 4)),
+    "positions, sliced": rows(lambda net, h: h + net.pos[:, : h.shape[1]], pos=lambda: parameter(1, 9, 4)),
+    "position table": rows(lambda net, h: h + net.e(torch.arange(4)), e=lambda: nn.Embedding(6, 4)),
+    "bias of scores": rows(
+        lambda net, h: (h @ h.mT + net.b).softmax(-1) @ h, b=lambda: parameter(4, 4)
+    ),
+    "PReLU": images(lambda net, h: net.p(h), p=lambda: nn.PReLU()),
+    "PReLU, channels": images(lambda net, h: net.p(h), p=lambda: nn.PReLU(4)),
+    "RMSNorm": rows(lambda net, h: net.r(h), r=lambda: nn.RMSNorm(4)),
+    "own RMSNorm": rows(lambda net, h: h * (h.square().mean(-1, True) + 1e-3).rsqrt() * net.g, g=lambda: parameter(4)),
+    "matmul": rows(lambda net, h: h @ net.w + net.b, w=lambda: parameter(4, 4), b=lambda: parameter(4)),
+    "torch.matmul": rows(lambda net, h: torch.matmul(h, net.w), w=lambda: parameter(4, 4)),
+    "addmm": rows(
+        lambda net, h: torch.addmm(net.b, h.mean(1), net.w)[:, None], w=lambda: parameter(4, 4), b=lambda: parameter(4)
+    ),
+    "computed affine of a BatchNorm": rows(
+        lambda net, h: nnf.batch_norm(h.transpose(1, 2), None, None, net.g.exp(), None, True).transpose(1, 2),
+        g=lambda: parameter(4),
+    ),
+    "two-dimensional bias by data": rows(lambda net, h: torch.where(h > 0, h, net.g * h), g=lambda: parameter(4, 4)),
+    "maximum": rows(lambda net, h: torch.maximum(h, net.g - 0.7), g=lambda: parameter(4)),
+}  # fmt: skip
+
+
+SLOW: dict[str, Callable[[], nn.Module]] = {  # exact, but these go the dense way, with a warning by name; no others
+    "e.weight": rows(lambda net, h: h + net.e(torch.arange(N) % 6)[:4], e=lambda: nn.Embedding(6, 4)),
+    "w": rows(lambda net, h: h + torch.einsum("tu,nuc->ntc", net.w, h), w=lambda: parameter(4, 4)),
+    "g": rows(lambda net, h: (h.transpose(0, 1) * net.g).transpose(0, 1), g=lambda: parameter(4, 1, 4)),
+}
+
+
+def problem(name: str, build: dict[str, Callable[[], nn.Module]]) -> tuple[nn.Module, Tensor, Tensor]:
+    with float64(0):
+        model = build[name]()
+        perturb(model)
+        return model, torch.randn(N, 32), torch.randint(3, (N,))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_and_exact(name):
+    """Coupled passes for all parameters; diagonal and components as the oracle's."""
+    model, X, y = problem(name, FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+    R = sum(2 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d))
+    assert res.passes <= 2 + 1 + R + 8 < N * 2
+    assert_exact(model, X, y, res)
+
+
+def assert_exact(model: nn.Module, X: Tensor, y: Tensor, res: Results) -> None:
+    for oracle, got in (
+        (reference.ggn_diagonal, res.diag_ggn_exact),
+        (reference.component_gradients, res.grad_component),
+    ):
+        want = oracle(model, nn.CrossEntropyLoss(), X, y)
+        whole = max(float(t.norm()) for t in want.values())
+        for key, t in want.items():
+            assert float((got[key] - t).norm()) <= 1e-10 * float(t.norm()) + 1e-13 * whole, key
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_alone(name):
+    """One parameter without a product takes the dense way, and no other does."""
+    model, X, y = problem(name, SLOW)
+    with pytest.warns(SlowPathWarning, match=f"No parameter product for '{name}' \\(") as said:
+        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+    assert len(said) == 1
+    assert_exact(model, X, y, res)
