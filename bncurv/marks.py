@@ -40,7 +40,7 @@ def leaves_of(t: Tensor, learnt: Container[int], most: int = 1000) -> list[Tenso
     found: dict[int, Tensor] = {}
     seen: set[Node] = set()
     if t.is_leaf:
-        return [t] if id(t) in learnt else None
+        return [t] if t.requires_grad and id(t) in learnt else None
     stack = [t.grad_fn]
     while stack:
         node = stack.pop()

@@ -45,7 +45,7 @@ def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: C
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     grows = [t for t in tensors if t.requires_grad and t.shape != shape and _leads(t.shape, shape)]
     own = {id(t) for t in grows if _computed(t, learnt)}
-    data = any(id(t) not in own and id(t) not in fixed and not _computed(t, learnt) for t in tensors)
+    data = any(id(t) not in own and id(t) not in fixed and leaves_of(t, learnt) is None for t in tensors)
     if not own or not data:
         return args, kwargs
 
@@ -72,17 +72,9 @@ def _leads(own: torch.Size, shape: torch.Size) -> bool:
 
 
 def _computed(t: Tensor, learnt: Container[int]) -> bool:
-    """Whether a tensor is a parameter or made from parameters alone."""
-    if not t.requires_grad:
-        return False
+    """Whether a tensor is a parameter or made from parameters alone; rows of a table are, where they are repeated."""
     if t.grad_fn is not None:
         mark: Mark | None = metadata(t.grad_fn).get(MARK)
-        if (
-            mark and mark.call and isinstance(mark.call.layer, Embedding)
-        ):  # a table whose rows are no samples' after all
-            kept = metadata(t.grad_fn).pop(MARK)
-            if leaves_of(t, learnt) is None:
-                metadata(t.grad_fn)[MARK] = kept
-                return False
-            return True
+        if mark and mark.call and isinstance(mark.call.layer, Embedding):
+            del metadata(t.grad_fn)[MARK]  # they are no samples' after all
     return leaves_of(t, learnt) is not None

@@ -177,6 +177,8 @@ class Recorder(TorchFunctionMode):
         if coupled and not reason:
             return self._batch_norm(arguments)
         output = func(*args, **kwargs)
+        if func is nnf.linear and output._is_view():  # [n, t, o]: an in-place operation would replace its node
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         if reason and output.grad_fn is not None:
             metadata(output.grad_fn).setdefault(UNGATED, []).append(
                 f"module '{self._stack[-1]}' is a BatchNorm inside {reason}, where it cannot be cut at its statistics."

@@ -681,10 +681,10 @@ MODELS: list[Case] = [
     ),
     case("linear_ntd", time_distributed, labelled(5, 4, 3, extra=(4,))),
     case("linear_ntd_flat", flattened_time, labelled(5, 4, 3)),
-    case("prelu", prelu_net, IMAGES, fallback=True),
-    case("layer_scale", layer_scale_net, IMAGES, fallback=True),
-    case("weight_norm", weight_norm_net, VECTORS, fallback=True),
-    case("tied_weights", tied_weights, VECTORS, fallback=True),
+    case("prelu", prelu_net, IMAGES),
+    case("layer_scale", layer_scale_net, IMAGES),
+    case("weight_norm", weight_norm_net, VECTORS),
+    case("tied_weights", tied_weights, VECTORS),
 ]
 
 

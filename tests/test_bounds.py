@@ -12,6 +12,8 @@ PRIVATE = {
     "torch._C._autograd",  # whether saved tensors are packed by hooks, which only torch 2.7 and newer tells
     "torch._C._current_graph_task_id",  # whether this thread is in a backward pass
     "torch._C._functorch",  # its switch of the warning that vmap has no rule for an operation; transforms to leave
+    "torch._C",  # DisableTorchFunction: the recorder's own reads do not come by its mode
+    "torch.ops.aten._unsafe_view",  # a linear layer's output that is no view: in-place operations leave its node
     "torch._batch_norm_impl_index",  # the kernels behind F.batch_norm, with the statistics that they found
     "torch.ops.aten._batch_norm_impl_index_backward",
     "torch._dynamo",  # whether the compiler has been imported

@@ -195,8 +195,8 @@ MORE = [
     case("lstm_cell", lstm_cell, VECTORS, fallback=True),
     case("encoder_layer", encoder_layer, SEQUENCES, fallback=True),
     case("embedding_bag", bag, tokens(6, 3), fallback=True),
-    case("rms_norm", lambda: sandwich(nn.RMSNorm(4)), VECTORS, fallback=True),
-    case("spectral_norm", spectral, VECTORS, fallback=True),
+    case("rms_norm", lambda: sandwich(nn.RMSNorm(4)), VECTORS),
+    case("spectral_norm", spectral, VECTORS),
     case("experts", conditional, VECTORS, fallback=True),
     case("retain_grad", retained, VECTORS),
     case("tensor_hook", registered_hook, VECTORS),
@@ -324,10 +324,8 @@ def test_functions_of_the_parameters_alone() -> None:
             prior=nn.Parameter(torch.randn(2)),
         ),
         VECTORS,
-        fallback=True,
     )
-    with pytest.warns(SlowPathWarning, match="'prior'"):
-        assert_exact(one, "coupled")
+    assert_exact(one, "coupled")
 
 
 def test_double_precision_inside_single() -> None:

@@ -15,7 +15,7 @@ FLOORS = [
     {"undo", "slow", "turns", "eager"},
     {"budget", "precision", "probes", "gate", "batchnorm", "convolution", "layers", "factor", "losses",
      "loss_calls", "heads"},
-    {"marks", "record", "graph", "structure"},
+    {"marks", "meeting", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},

@@ -190,7 +190,27 @@ EMBEDDINGS = [
     tokens("Embedding-padding_from_end", lambda: nn.Embedding(5, 4, padding_idx=-1), 6),
     tokens("Embedding-one_feature", lambda: nn.Embedding(5, 1), 3),
 ]
-TABLE = [*LINEAR, *CONVS, *NORMS, *EMBEDDINGS]
+OTHERS = [
+    layer("RMSNorm", lambda: nn.RMSNorm(4), 4),
+    layer("RMSNorm-two_axes", lambda: nn.RMSNorm((5, 4), eps=0.1), 3, 5, 4),
+    layer("PReLU", lambda: nn.PReLU(), 4, 3),
+    layer("PReLU-flat", lambda: nn.PReLU(4), 4),
+    layer("PReLU-channels", lambda: nn.PReLU(4), 4, 3, 2),
+    layer("matmul", lambda: Net(lambda net, x: x @ net.w, w=nn.Parameter(torch.randn(4, 3))), 4),
+    layer(
+        "matmul-sequence", lambda: Net(lambda net, x: torch.matmul(x, net.w), w=nn.Parameter(torch.randn(4, 3))), 5, 4
+    ),
+    layer(
+        "addmm",
+        lambda: Net(
+            lambda net, x: torch.addmm(net.b, x, net.w),
+            w=nn.Parameter(torch.randn(4, 3)),
+            b=nn.Parameter(torch.randn(3)),
+        ),
+        4,
+    ),
+]
+TABLE = [*LINEAR, *CONVS, *NORMS, *EMBEDDINGS, *OTHERS]
 
 
 @pytest.fixture(autouse=True)
