@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from bncurv.agreement import Sum, disagreeing, largest
 from bncurv.blocks import Correction, Source
-from bncurv.certificate import find_mixing, leaking
+from bncurv.certificate import Gradients, find_mixing, leaking
 from bncurv.graph import Trace
 from bncurv.layers import Embedding, Expanded
+from bncurv.linearity import Pull
+from bncurv.marks import Interleaved
 from bncurv.passes import Passes, vjp
 from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
@@ -48,7 +50,7 @@ class Assurance:
         sources: the columns that will be pulled back.
 
     Attributes:
-        strange: once `mixing` was asked, the sites of tables and of copied parameters whose rows are no samples'.
+        strange: once `mixing` was asked, the sites whose rows are no samples': their parameters have no product.
     """
 
     def __init__(self, passes: Passes, trace: Trace, products: Products, sources: list[Source]) -> None:
@@ -101,12 +103,48 @@ class Assurance:
             self._passes.demand_linear(edges, u)
             delta = pull(u)
             self._probe = u, {j: None if d is None else d[None] for j, d in zip(watched, delta, strict=True)}
-            rows = [i for i, j in enumerate(watched) if self._table(j)]
-            others = [None if i in rows else d for i, d in enumerate(delta)]
-            if rows and self._passes.samples > 1:
-                bad = leaking(pull, u, [d if i in rows else None for i, d in enumerate(delta)], self._passes.samples)
-                self.strange |= {watched[i] for i in bad}
-            return find_mixing(pull, u, others, self._trace)
+            left = self._settle(pull, u, delta, watched)
+            self._products.forget()
+            self.strange = {watched[i] for i in left if self._strange(watched[i])}
+            mixed = [d if i in left and watched[i] not in self.strange else None for i, d in enumerate(delta)]
+            return find_mixing(pull, u, mixed, self._trace)
+
+    def _settle(self, pull: Pull, u: Tensor, delta: Gradients, watched: list[int]) -> set[int]:
+        """Find the order of the rows at every site; returns (indices of) those whose rows are not one sample's each."""
+        samples, left = len(u), set(range(len(watched)))
+        for axes in range(3):
+            order = Interleaved(axes, samples) if axes else None
+            tried = {i for i in left if self._possible(watched[i], axes, samples)}
+
+            def arranged(got: Gradients, tried: set[int] = tried, order: Interleaved | None = order) -> Gradients:
+                some = [d if i in tried else None for i, d in enumerate(got)]
+                return [order.by_sample(d, 0) if order and d is not None else d for d in some]
+
+            def scaled(v: Tensor, arranged: Callable[[Gradients], Gradients] = arranged) -> Gradients:
+                return arranged(pull(v))
+
+            bad = leaking(scaled, u, arranged(delta), samples) if samples > 1 else set()
+            for i in tried - bad:
+                mark = self._trace.sites[watched[i]].mark
+                if mark.call:
+                    mark.call.order = order
+                if mark.coupling:
+                    mark.coupling.interleaved = order is not None
+            left -= tried - bad
+        return left
+
+    def _possible(self, j: int, axes: int, samples: int) -> bool:
+        """Whether the rows of a site may be in an order: sample by sample (0), or interleaved along so many axes."""
+        mark = self._trace.sites[j].mark
+        if axes < 2:
+            return mark.rows % samples == 0
+        if mark.call is None or mark.coupling or len(mark.call.output) < 2:
+            return False
+        return mark.call.layer.row_axes(mark.call.arguments) > 1 and mark.call.output[1] == samples
+
+    def _strange(self, j: int) -> bool:
+        """Whether a site whose rows are no samples' makes only its own parameters slow."""
+        return self._table(j) or bool(self._trace.sites[j].mark.rows % self._passes.samples)
 
     def _table(self, j: int) -> bool:
         mark = self._trace.sites[j].mark

@@ -75,10 +75,10 @@ class BatchNormCoupling(Coupling):
         delta = delta.reshape(q, rows, channels, -1)
         first = delta.sum(3)
         second = torch.einsum("qrcs,rcs->qrc", delta, self.normalised.reshape(rows, channels, -1))
-        out = delta.new_empty(samples, q, 2, channels)
+        out, order = delta.new_empty(samples, q, 2, channels), "(t n)" if self.interleaved else "(n t)"
         for moment, sums in enumerate((first, second)):
             by_sample = (
-                rearrange(sums, "q (n t) c -> n q t c", n=samples).sum(2) if rows > samples else sums.transpose(0, 1)
+                rearrange(sums, f"q {order} c -> n q t c", n=samples).sum(2) if rows > samples else sums.transpose(0, 1)
             )
             torch.mul(by_sample, self._factors[moment], out=out[:, :, moment])
         return out.flatten(2)
@@ -109,7 +109,8 @@ class BatchNormCoupling(Coupling):
     def deviations(self, samples: int) -> Tensor:
         """Mean_s x_ns - mean and mean_s (x_ns - mean)² - v."""
         centred, v = self._centred()
-        by_sample = centred.reshape(samples, -1, *centred.shape[1:])  # [n, t, channel, *position]
+        order = "(t n)" if self.interleaved else "(n t)"
+        by_sample = rearrange(centred, f"{order} ... -> n t ...", n=samples)  # [n, t, channel, *position]
         axes = (1, *range(3, by_sample.dim()))
         return torch.cat([by_sample.mean(axes), by_sample.square().mean(axes) - v], 1)
 

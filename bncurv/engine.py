@@ -123,9 +123,15 @@ class Engine:
         slow = [name for name, p in self.wanted.items() if id(p) in loose]
         for name in self.structure.uses:
             sites = self.structure.sites(name)
-            if not sites.isdisjoint(hooked) or any(self.trace.sites[j].call.output[0] % self.samples for j in sites):
+            if not sites.isdisjoint(hooked) or any(self._without_samples(j) for j in sites):
                 slow.append(name)
         return slow
+
+    def _without_samples(self, j: int) -> bool:
+        """Whether the rows of a call cannot be those of the samples, however they are ordered."""
+        call = self.trace.sites[j].call
+        second = call.layer.row_axes(call.arguments) > 1 and call.output[1] == self.samples
+        return call.output[0] % self.samples != 0 and not second
 
     def _choose(self) -> str:
         if self._method == "dense":

@@ -78,6 +78,10 @@ class Layer(ABC):
         """Whether a call with these arguments is covered; otherwise its parameters go the dense way."""
         return True
 
+    def row_axes(self, arguments: Arguments) -> int:
+        """How many leading axes of input and output the function treats alike; the first one at least."""
+        return 1
+
     def channels_lead(self, output: torch.Size) -> bool:
         """Whether axis 0 of every parameter is axis 1 of an output of this shape, entry by entry."""
         return False
@@ -116,6 +120,9 @@ class Layer(ABC):
 
 class Linear(Layer):
     """``y = x Wᵀ + b``: s runs over all axes between the sample and the feature."""
+
+    def row_axes(self, arguments):
+        return arguments["input"].dim() - 1
 
     def accepts(self, arguments):
         # not the unbatched form, a weight that is a vector, or a bias that is broadcast
@@ -250,6 +257,9 @@ class LayerNorm(Affine):
     def accepts(self, arguments):
         return arguments["input"].dim() > len(arguments["normalized_shape"])  # not over the samples
 
+    def row_axes(self, arguments):
+        return arguments["input"].dim() - len(arguments["normalized_shape"])
+
     def normalised(self, arguments, x):
         return nnf.layer_norm(x, arguments["normalized_shape"], eps=arguments.get("eps", 1e-5))
 
@@ -312,6 +322,9 @@ class Embedding(Layer):
     def accepts(self, arguments):
         plain = arguments.get("max_norm") is None and not arguments.get("scale_grad_by_freq")
         return plain and arguments["input"].dim() > 0
+
+    def row_axes(self, arguments):
+        return arguments["input"].dim()
 
     def left(self, role, arguments, delta):
         return rearrange(delta.reshape(*delta.shape[:2], -1, delta.shape[-1]), "q n s o -> q n 1 o s")

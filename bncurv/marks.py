@@ -69,6 +69,24 @@ def plain_tensor(t: Any) -> Any:
     return t if plain else t.as_subclass(Tensor)
 
 
+class Interleaved(NamedTuple):
+    """The order of rows in which the sample changes fastest: time-first sequences, views joined along the batch.
+
+    Attributes:
+        axes: how many leading axes make up the rows: ``[(t n), ...]`` or ``[t, n, ...]``.
+        samples: N.
+    """
+
+    axes: int
+    samples: int
+
+    def by_sample(self, rows: Tensor, lead: int) -> Tensor:
+        """``[*lead, (t n), ...]`` or ``[*lead, t, n, ...]`` → ``[*lead, (n t), ...]``."""
+        if self.axes == 1:
+            rows = rows.unflatten(lead, (-1, self.samples))
+        return rows.transpose(lead, lead + 1).flatten(lead, lead + 1)
+
+
 @dataclass(eq=False)
 class Call:
     """One use of a table layer: the input it saw and the parameters it used.
@@ -78,6 +96,7 @@ class Call:
         name: qualified name of the module that made the call.
         arguments: of the function, by name.
         parameters: those among the arguments that the output was differentiable by, by role.
+        order: of the rows of input and output; ``None``: sample by sample, as far as is known.
         leaves: of a parameter that is computed, W = φ(θ), what it is computed from, by role.
         output: shape of the output.
         versions: of the inputs, to tell later changes in place.
@@ -92,6 +111,16 @@ class Call:
     versions: list[int]
     below: list[GradientEdge]
     leaves: dict[str, list[Tensor]] = field(default_factory=dict)
+    order: Interleaved | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows its input and output have."""
+        return self.output[: self.order.axes if self.order else 1].numel()
+
+    def by_sample(self, delta: Tensor) -> Tensor:
+        """Cotangents ``[q, *output]`` with the rows sample by sample."""
+        return self.order.by_sample(delta, 1) if self.order else delta
 
     def learnt(self) -> Iterator[tuple[str, Tensor]]:
         """Roles and the parameters θ behind them."""
@@ -102,7 +131,8 @@ class Call:
     def right(self, role: str, rows: slice = slice(None)) -> Tensor | None:
         """Right operand of a parameter product for some ``rows`` of the input."""
         inputs = {key: self.arguments[key] for key in self.layer.inputs}
-        sliced = {key: x.detach()[rows] for key, x in inputs.items()}
+        ordered = {key: self.order.by_sample(x.detach(), 0) if self.order else x.detach() for key, x in inputs.items()}
+        sliced = {key: x[rows] for key, x in ordered.items()}
         right = self.layer.right(role, self.arguments | sliced, sliced.get("input"))
         if right is not None and [x._version for x in inputs.values()] != self.versions:
             raise RuntimeError(

@@ -7,6 +7,7 @@ They are marked as calls of the table (`Expanded`). θ may be computed from para
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ Marker = Callable[[Tensor, Tensor], None]  # (copies, parameter)
 def name_of(func: Any) -> str:
     """A torch function's name, without the underscores of operators and in-place forms."""
     return getattr(func, "__name__", "").strip("_")
+
+
+def body_of(func: Any) -> FunctionType:
+    """A Python function of PyTorch that modes see as one call, to be run call by call."""
+    inside = {**func.__globals__, "has_torch_function": lambda tensors: False}
+    body = FunctionType(func.__code__, inside, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
 
 
 def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: Container[int], mark: Marker) -> Any:

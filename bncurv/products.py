@@ -73,10 +73,15 @@ class Products:
             d, call = delta[j], self._trace.sites[j].call
             if d is not None:
                 right = call.right(role)
-                left = call.layer.left(role, call.arguments, d).abs()
+                left = call.layer.left(role, call.arguments, call.by_sample(d)).abs()
                 size = float(Product(left, None if right is None else right.abs()).summed().amax())
                 total += size * max(1.0, self._trace.sites[above[j]].coupling.offset if j in above else 0.0)
         return total
+
+    def forget(self) -> None:
+        """What was made of the layers' inputs, before the order of their rows was known."""
+        for kept in (self._rights, self._first, self._kept):
+            kept.clear()
 
     # ---------------------------------------------------------------- the layer's input
     def _one_row(self, j: int, role: str) -> Tensor | None:
@@ -109,7 +114,7 @@ class Products:
     def _keep(self, j: int, role: str) -> bool:
         """Decide once whether an operand is kept."""
         if (j, role) not in self._kept:
-            size = self._size(j, role) * self._trace.sites[j].call.output[0]
+            size = self._size(j, role) * self._trace.sites[j].call.rows
             self._kept[j, role] = 0 < size <= self._room
             self._room -= size if self._kept[j, role] else 0
         return self._kept[j, role]
@@ -122,7 +127,7 @@ class Products:
         """Batch mean of a right operand, ``[g, 1, 1, i]``."""
         if (j, role) not in self._means:
             call = self._trace.sites[j].call
-            parts = (call.right(role, n) for n in chunks(call.output[0], 1))
+            parts = (call.right(role, n) for n in chunks(call.rows, 1))
             self._means[j, role] = torch.stack([x.mean((1, 2), True) for x in parts if x is not None]).mean(0)
         return self._means[j, role]
 
@@ -133,7 +138,7 @@ class Products:
         shape = call.arguments[role].shape
         if self._centred_ones(j, role):
             return delta.new_zeros(len(delta), *shape)
-        product = Product(call.layer.left(role, call.arguments, delta), self.right(j, role))
+        product = Product(call.layer.left(role, call.arguments, call.by_sample(delta)), self.right(j, role))
         return call.layer.unfold(role, product.summed(), shape)
 
     def summed(self, name: str, delta: dict[int, Tensor | None], count: int, sums: Mapping[int, Tensor]) -> Tensor:
@@ -168,7 +173,8 @@ class Products:
 
     def _own_at(self, j: int, role: str, delta: Tensor, n: slice) -> Tensor:
         call = self._trace.sites[j].call
-        t = call.output[0] // self.samples  # rows of the layer's input per sample
+        t = call.rows // self.samples  # rows of the layer's input per sample
+        delta = call.by_sample(delta)
         # operands that are not kept are made piece by piece, in cache
         piece = n.stop - n.start if self._keep(j, role) else max(1, ROW_BYTES // max(1, self._size(j, role) * t))
         parts = []
@@ -222,7 +228,7 @@ class Products:
             return False
         call = self._trace.sites[uses[0][0]].call
         right = self._one_row(*uses[0])
-        outer = right is not None and right.shape[:3] == (1, 1, 1) and call.output[0] == self.samples
+        outer = right is not None and right.shape[:3] == (1, 1, 1) and call.rows == self.samples
         return outer and type(call.layer).unfold is Layer.unfold
 
     def in_range(self, name: str, delta: Mapping[int, Tensor | None], correction: Correction) -> bool:
@@ -240,5 +246,5 @@ class Products:
         call, d, right = self._trace.sites[j].call, delta[j], self.right(j, role)
         assert right is not None
         d = right.new_zeros(count, *call.output) if d is None else d
-        left = call.layer.left(role, call.arguments, d)[:, :, 0, :, 0]
+        left = call.layer.left(role, call.arguments, call.by_sample(d))[:, :, 0, :, 0]
         return sum_squares(left, right[0, :, 0], correction).view_as(self.wanted[name])

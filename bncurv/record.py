@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -42,7 +44,7 @@ from bncurv.marks import (
     metadata,
     plain_tensor,
 )
-from bncurv.meeting import ELEMENTWISE, EXPANDING, copied, name_of, spread
+from bncurv.meeting import ELEMENTWISE, EXPANDING, body_of, copied, name_of, spread
 
 HALF = (torch.float16, torch.bfloat16)
 _TRAIN = BatchNormTrain()
@@ -190,12 +192,24 @@ class Recorder(TorchFunctionMode):
     def _meet(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of no row of the table; parameters that meet data there are marked."""
         name = name_of(func)
+        if func is nnf.multi_head_attention_forward:
+            with self._inside():
+                return body_of(func)(*args, **kwargs)
         if name in ELEMENTWISE and not _recomputes():
             args, kwargs = spread(args, kwargs, self._learnt, self._fixed, self._mark_copies)
         output = func(*args, **kwargs)
         if name in EXPANDING and not _recomputes():
             copied(output, args[0], self._learnt, self._mark_copies)
         return output
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """See the calls inside of a function too."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def _mark_copies(self, rows: Tensor, p: Tensor) -> None:
         self._mark(rows, EXPANDED, {"weight": p})

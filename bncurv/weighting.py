@@ -30,7 +30,7 @@ from bncurv.budget import chunks
 from bncurv.certificate import leaks
 from bncurv.directions import Directions
 from bncurv.engine import Engine, Procedure
-from bncurv.precision import FORMULA
+from bncurv.precision import FORMULA, ROUNDING, ulp
 from bncurv.probes import pattern
 
 WORTHWHILE = 1.5  # samples per statistic from which on the cut is cheaper than a pass for each sample
@@ -63,7 +63,7 @@ class Influence(Procedure):
         except NotImplementedError as error:
             raise _once_only(error) from error
         except RuntimeError as error:
-            raise (_once_only(error) if "differentia" in str(error) else error) from error
+            raise (_once_only(error) if "differentia" in str(error) or "derivative" in str(error) else error) from error
 
     def _ways(self, engine: Engine) -> Iterator[Rows]:
         if self._direction is not None:
@@ -188,8 +188,9 @@ class Influence(Procedure):
         )
         sums = [torch.tensordot(f, values[:, 0], 1) for values in rows.values()]
         size = max(float(g.abs().amax()) for g in got)
+        floor = ROUNDING**2 * ulp(h.dtype) * size  # of a bias that a BatchNorm takes off again nothing else is left
         return all(
-            float((s - g).abs().amax()) <= FORMULA[g.dtype] * (float(g.abs().amax()) + FORMULA[g.dtype] * size)
+            float((s - g).abs().amax()) <= FORMULA[g.dtype] * float(g.abs().amax()) + floor
             for s, g in zip(sums, got, strict=True)
         )
 

@@ -1341,7 +1341,7 @@ EXOTIC: list[Case] = [
     case("unused_layer", unused_layer, VECTORS),
     case("bilinear", bilinear_net, VECTORS, fallback=True),
     case("lstm", lstm_net, labelled(5, 4, 3), fallback=True),
-    case("self_attention", transformer_net, labelled(5, 4, 3), fallback=True),
+    case("self_attention", transformer_net, labelled(5, 4, 3)),
     case("checkpoint", checkpointed, VECTORS),
 ]
 

@@ -10,7 +10,15 @@ from cases import Net, float64, perturb
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, reference
+from bncurv import (
+    ComponentGrad,
+    DiagGGNExact,
+    InfluenceGrad,
+    InfluenceProjection,
+    SlowPathWarning,
+    curvature,
+    reference,
+)
 from bncurv.api import Results
 
 P = nn.Parameter
@@ -165,3 +173,76 @@ def test_slow_alone(name):
         res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
     assert len(said) == 1
     assert_exact(model, X, y, res)
+
+
+# ---------------------------------------------------------------------------- rows in another order
+def views(net: Net, x: Tensor) -> Tensor:
+    """Two views joined along the batch: row i belongs to sample i % N."""
+    h = torch.tanh(net.n(net.a(torch.cat([x, x.flip(1)]))))
+    one, two = net.b(h).chunk(2)
+    return net.o((one - two).abs())
+
+
+def time_first(net: Net, x: Tensor) -> Tensor:
+    """``[T, N, D]`` from the beginning; BatchNorm over ``[T N, D]``."""
+    h = net.a(x.view(-1, 4, 8).transpose(0, 1))
+    h = torch.tanh(net.n(h.flatten(0, 1)).view_as(h))
+    return net.o(net.l(net.b(h)).mean(0))
+
+
+ORDERED: dict[str, Callable[[], nn.Module]] = {
+    "views": lambda: Net(views, a=nn.Linear(32, 5), n=nn.BatchNorm1d(5), b=nn.Linear(5, 4), o=nn.Linear(4, 3)),
+    "time first": lambda: Net(
+        time_first, a=nn.Linear(8, 5), n=nn.BatchNorm1d(5), b=nn.Linear(5, 4), l=nn.LayerNorm(4), o=nn.Linear(4, 3)
+    ),
+}
+
+
+def attention(first: bool) -> Callable[[], nn.Module]:
+    """An encoder layer, a BatchNorm in front."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = net.n(net.a(x.view(-1, 4, 8)).mT).mT
+        h = net.e(h if first else h.transpose(0, 1))
+        return net.o(h.mean(1 if first else 0))
+
+    encoder = dict(nhead=2, dim_feedforward=6, dropout=0.0, activation="gelu", batch_first=first)
+    return lambda: Net(
+        forward,
+        **{"a": nn.Linear(8, 4), "n": nn.BatchNorm1d(4), "o": nn.Linear(4, 3)},
+        e=nn.TransformerEncoderLayer(4, **encoder),
+    )
+
+
+ORDERED |= {"attention": attention(True), "attention, time first": attention(False)}
+
+
+@pytest.mark.parametrize("samples", [N, 4, 1])
+@pytest.mark.parametrize("name", ORDERED)
+def test_rows_in_another_order(name, samples):
+    """The sample changes fastest: as fast and exact as sample by sample, also with as many steps as samples."""
+    model, X, y = problem(name, ORDERED)
+    X, y = X[:samples], y[:samples]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+    assert res.passes <= 3 + 2 * 5
+    assert_exact(model, X, y, res)
+
+
+@pytest.mark.parametrize("name", ["views", "time first"])
+def test_influence_with_rows_in_another_order(name):
+    """Through the cut, against one double pass per sample."""
+    model, X, y = problem(name, ORDERED)
+    res = curvature(model, nn.CrossEntropyLoss(), (X, y), InfluenceGrad())
+    assert res.passes < N
+    direction = {key: torch.ones_like(p) for key, p in model.named_parameters()}
+    want = curvature(model, nn.CrossEntropyLoss(), (X, y), InfluenceProjection(direction)).influence_projection
+    got = torch.stack([t.flatten(1).sum(1) for t in res.grad_influence.values()]).sum(0)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_influence_where_attention_has_no_second_derivative():
+    model, X, y = problem("attention", ORDERED)
+    with pytest.raises(RuntimeError, match="Influence gradients differentiate the backward pass, which an operation"):
+        curvature(model, nn.CrossEntropyLoss(), (X, y), InfluenceGrad())

@@ -193,7 +193,7 @@ MORE = [
     case("gru", lambda: recurrent(nn.GRU, True), SEQUENCES, fallback=True),
     case("lstm_time_first", lambda: recurrent(nn.LSTM, False), SEQUENCES, fallback=True),
     case("lstm_cell", lstm_cell, VECTORS, fallback=True),
-    case("encoder_layer", encoder_layer, SEQUENCES, fallback=True),
+    case("encoder_layer", encoder_layer, SEQUENCES),
     case("embedding_bag", bag, tokens(6, 3), fallback=True),
     case("rms_norm", lambda: sandwich(nn.RMSNorm(4)), VECTORS),
     case("spectral_norm", spectral, VECTORS),
