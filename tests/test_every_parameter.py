@@ -6,17 +6,21 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as nnf
+from backpack import backpack
 from cases import Net, float64, perturb
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from bncurv import (
     ComponentGrad,
+    CouplingReport,
     DiagGGNExact,
     InfluenceGrad,
     InfluenceProjection,
+    LowRankGGN,
     SlowPathWarning,
     curvature,
+    extend,
     reference,
 )
 from bncurv.api import Results
@@ -246,3 +250,41 @@ def test_influence_where_attention_has_no_second_derivative():
     model, X, y = problem("attention", ORDERED)
     with pytest.raises(RuntimeError, match="Influence gradients differentiate the backward pass, which an operation"):
         curvature(model, nn.CrossEntropyLoss(), (X, y), InfluenceGrad())
+
+
+# ---------------------------------------------------------------------------- by every way of the engine
+ALL = FAST | ORDERED
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_single_passes_and_the_gesture(name):
+    """One cotangent at a time, summed on the way by PyTorch's own kernels; BackPACK's gesture; the coupling report."""
+    model, X, y = problem(name, ALL)
+    options = {"method": "coupled", "chunk_size": 1}
+    res = curvature(model, nn.CrossEntropyLoss(), (X[:6], y[:6]), DiagGGNExact(), ComponentGrad(), **options)
+    assert_exact(model, X[:6], y[:6], res)
+    near = curvature(model, nn.CrossEntropyLoss(), (X[:6], y[:6]), DiagGGNExact(), method="coupled", tol=1e-13)
+    report = curvature(model, nn.CrossEntropyLoss(), (X[:6], y[:6]), DiagGGNExact(), CouplingReport())
+    extend(model), extend(loss_fn := nn.CrossEntropyLoss())
+    with backpack(DiagGGNExact(), LowRankGGN()):
+        loss_fn(model(X[:6]), y[:6]).backward()
+    for key, p in model.named_parameters():
+        want = res.diag_ggn_exact[key]
+        bound = dict(rtol=1e-9, atol=1e-12 * float(want.abs().max()) + 1e-28)
+        torch.testing.assert_close(p.diag_ggn_exact, want, **bound)
+        torch.testing.assert_close(report.diag_ggn_exact[key], want, **bound)
+        torch.testing.assert_close(
+            near.diag_ggn_exact[key], want, rtol=1e-6, atol=1e-9 * float(want.abs().max()) + 1e-24
+        )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_float32(name):
+    model, X, y = problem(name, ALL)
+    want = reference.ggn_diagonal(model, nn.CrossEntropyLoss(), X, y)
+    got = curvature(
+        model.float(), nn.CrossEntropyLoss(), (X.float(), y), DiagGGNExact(), method="coupled"
+    ).diag_ggn_exact
+    whole = max(float(t.norm()) for t in want.values())
+    for key, t in want.items():
+        assert float((got[key].double() - t).norm()) <= 1e-4 * float(t.norm()) + 1e-9 * whole, key
