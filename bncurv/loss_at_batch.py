@@ -291,7 +291,7 @@ class LossAtBatch:
         ``None`` where the gradient is not in the range of the factor (a saturated output in finite precision).
         """
         blocks = self.factor.blocks.double()  # [n, t, e, j]
-        if blocks.shape[-1] == 0 or self._past:
+        if blocks.shape[-1] == 0:
             return None
         gradient = by_position(self.gradient, blocks.shape[2], self.factor.last).double()[..., None]
         weights = torch.linalg.lstsq(blocks, gradient).solution

@@ -19,6 +19,7 @@ import bncurv
 from bncurv import DiagGGNExact, LowRankGGN, curvature, extend, reference
 from bncurv import hessian as by_autograd
 from bncurv.loss_at_batch import LossAtBatch
+from bncurv.probes import pattern
 
 N, C = 6, 4
 ONE = case("", lambda: mlp(4, 5, C), labelled(N, 4, C=C), Penalised)
@@ -66,7 +67,8 @@ def rows(o: Tensor, y: Tensor) -> Tensor:
 )  # fmt: skip
 def test_structure(loss_fn: Callable, output: Tensor, target: Tensor, blocks: tuple[int, ...], last: bool) -> None:
     """The finest partition of the output, and as many columns as the largest rank."""
-    factor = LossAtBatch(loss_fn, output, target).factor
+    at_batch = LossAtBatch(loss_fn, output, target)
+    factor = at_batch.factor
     assert tuple(factor.blocks.shape) == blocks and factor.last == last
     assert_factor(loss_fn, output, target)
     assert_gradient(loss_fn, output, target)
@@ -75,6 +77,10 @@ def test_structure(loss_fn: Callable, output: Tensor, target: Tensor, blocks: tu
     torch.testing.assert_close(factor.hessian_product(u).flatten(), want, rtol=1e-10, atol=1e-14)
     S = factor.columns(slice(None))
     torch.testing.assert_close((S * u).flatten(2).sum(2).T, factor.coefficients(u))
+    weights = pattern((*factor.blocks.shape[:2], factor.blocks.shape[3]), u).flatten(1)
+    torch.testing.assert_close(factor.mixture(), factor.combination(weights))
+    if loss_fn in (own_ce, classes_last):  # the gradient lies in the range of S
+        torch.testing.assert_close(factor.combination(at_batch.weights), at_batch.gradient)
 
 
 @pytest.mark.parametrize("method", ["coupled", "dense"])
@@ -112,6 +118,8 @@ def test_float32_is_that_of_float64() -> None:
     w = torch.linspace(0.5, 2, C)
     closure: Callable = lambda o, y: F.cross_entropy(2 * o, y, weight=w)  # noqa: E731
     for loss_fn in (Penalised(), partial(lambda o, y, w: F.cross_entropy(2 * o, y, w), w=w), closure):
+        wide = LossAtBatch(loss_fn, outputs().float(), classes())._hessian().output.dtype
+        assert wide == (torch.float32 if loss_fn is closure else torch.float64)
         got = hessian(loss_fn, outputs().float(), classes()).double()
         H = torch.autograd.functional.hessian(lambda o, f=loss_fn: f(o, classes()), outputs().float())
         want = torch.einsum("nanb->nab", H)
@@ -184,6 +192,15 @@ def test_random_losses_are_refused() -> None:
         _ = LossAtBatch(noisy, outputs(), classes()).factor
     with pytest.raises(ValueError, match="<lambda>: its gradient in float64 is another one than in torch.float32"):
         _ = LossAtBatch(noisy, outputs().float(), classes()).factor
+    w = torch.ones(C)
+    narrow: Callable = lambda o, y: F.cross_entropy(F.dropout(o, 0.5), y, w)  # noqa: E731
+    with pytest.raises(ValueError, match="<lambda> gives another gradient when it is called again: it draws random"):
+        _ = LossAtBatch(narrow, outputs().float(), classes()).factor
+
+
+def test_a_loss_may_change_the_output_in_place() -> None:
+    got = LossAtBatch(lambda o, y: F.cross_entropy(o.mul_(2), y), outputs(), classes()).factor.blocks
+    assert torch.equal(got, LossAtBatch(lambda o, y: F.cross_entropy(o * 2, y), outputs(), classes()).factor.blocks)
 
 
 def test_half_precision_inside_is_refused() -> None:
@@ -219,6 +236,23 @@ def test_custom_functions_are_held_against_differences() -> None:
     assert_factor(lambda o, y: Seeing.apply(o).mean(), outputs(), classes())
     with pytest.raises(ValueError, match="autograd's second derivative is not that.*custom autograd Function Blind"):
         _ = LossAtBatch(lambda o, y: Blind.apply(o).mean(), outputs(), classes()).factor
+
+
+class Hinge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Tensor) -> Tensor:
+        ctx.save_for_backward(o)
+        return o.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (ctx.saved_tensors[0] > 0)
+
+
+def test_differences_across_a_kink_tell_nothing() -> None:
+    o = outputs()
+    o[0] = 0
+    assert_factor(lambda o, y: (Hinge.apply(o) + o.square()).mean(), o, classes())
 
 
 def test_infinite_curvature_is_refused() -> None:
