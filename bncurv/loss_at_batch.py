@@ -202,7 +202,7 @@ class LossAtBatch:
             return callable_of(loss_fn, self._hooked)(output, cast(self.target, output.dtype))
 
         try:
-            call(self.output.double())
+            call(self.output.double().clone())  # which it may change in place
         except RuntimeError:  # of PyTorch's, for a product of different dtypes
             return Hessian(self.name, call, self.output)
         H = Hessian(self.name, call, self.output.double())
