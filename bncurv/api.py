@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from bncurv.batch import Merged, compute
 from bncurv.blocks import Batch
-from bncurv.checks import batches, check_input, check_options, check_output, check_quantities, select_parameters
+from bncurv.checks import check_input, check_options, check_output, check_quantities
+from bncurv.chosen import Choice, select_parameters
 from bncurv.graph import trace
 from bncurv.heads import as_one
+from bncurv.inputs import Forward, batches, output_and_target
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss, name_of
 from bncurv.lowrank.recorded import readable
@@ -66,9 +68,10 @@ class Results:
 def curvature(
     model: nn.Module,
     loss_fn: Callable[[Any, Tensor], Tensor],
-    data: tuple[Any, Tensor] | Iterable[tuple[Any, Tensor]],
+    data: Any,
     *quantities: Quantity,
-    params: Iterable[str] | None = None,
+    params: Choice | Iterable[Choice] | None = None,
+    forward: Forward | None = None,
     method: str = "auto",
     tol: float = 0.0,
     chunk_size: int | None = None,
@@ -92,14 +95,20 @@ def curvature(
             through output n. Forward hooks of the module take part; parameters of the loss are held constant, and no
             results are made for them.
         data: one batch ``(X, y)``, or an iterable of such pairs (a ``DataLoader``). Output and y have the batch first,
-            and equally many samples. Several batches give the curvature of the loss of all their samples: a mean is
-            weighted by what the loss divides by in each batch (samples, entries, class weights of the targets that
-            count), sums are added. Without BatchNorm that is what one batch of all samples gives. With BatchNorm every
-            mini-batch has its own statistics, so this average is another matrix than that of the union, and the
-            composition of the batches is part of the definition. Per-component quantities are concatenated in order,
-            at the same weights: they still sum to that loss' gradient.
+            and equally many samples. X is the model's one argument; a tuple or list that cannot be is given as
+            ``model(*X)``, and a dictionary whose keys are names of the model's arguments as ``model(**X)``.
+            Several batches give the curvature of the loss of all their samples: a mean is weighted by what the loss
+            divides by in each batch (samples, entries, class weights of the targets that count), sums are added.
+            Without BatchNorm that is what one batch of all samples gives. With BatchNorm every mini-batch has its own
+            statistics, so this average is another matrix than that of the union, and the composition of the batches is
+            part of the definition. Per-component quantities are concatenated in order, at the same weights: they still
+            sum to that loss' gradient.
         *quantities: what to compute, e.g. ``DiagGGNExact()``.
-        params: names of the parameters to compute for; default: all that require grad.
+        params: the parameters to compute for: names, globs (``"layer1.*"``), modules, parameters, a predicate
+            ``f(name, p) -> bool``, or an iterable of these; default: all that require grad.
+        forward: ``f(model, batch) -> (output, target)``, for batches that are no pairs (X, y) and models that return
+            more than the loss takes. Then a tensor, mapping, tuple or object that is no iterable is one batch, and any
+            other iterable (a list, a ``DataLoader``) yields batches; f moves them to the model's device itself.
         method: ``"coupled"``: cut the graph at the batch statistics, cost linear in N. ``"dense"``: one backward pass
             per component, cost quadratic in N. ``"auto"``: the cheaper one by a cost estimate. All are exact.
         tol: largest relative tail of the coupling coefficients that the coupled way may drop (0: none, exact). Saves
@@ -137,9 +146,9 @@ def curvature(
         undo.note(recorder.stop)
         with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
             generator = generator_of_call(quantities, next(iter(wanted.values())).device)
-        for X, y in batches(data):
+        for X, y in batches(data, forward):
             with torch.enable_grad(), recorder:
-                output, of_output = _forward(model, loss_fn, X, y, wanted, largest)
+                output, of_output, y = _forward(model, loss_fn, X, y, forward, wanted, largest)
             loss = LossAtBatch(of_output, output, y.to(output.device), hooked=True, empty_ok=True, parameters=wanted)
             traced = trace(output, wanted.values())
             batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=readable(model, X))
@@ -155,15 +164,21 @@ def curvature(
 
 
 def _forward(
-    model: nn.Module, loss_fn: Callable, X: Any, y: Tensor, wanted: Mapping[str, Tensor], largest: int
-) -> tuple[Tensor, Callable]:
-    """The model's output as one tensor, checked, and the loss of that; a tensor X goes to the parameters' device."""
+    model: nn.Module,
+    loss_fn: Callable,
+    X: Any,
+    y: Any,
+    forward: Forward | None,
+    wanted: Mapping[str, Tensor],
+    largest: int,
+) -> tuple[Tensor, Callable, Tensor]:
+    """The model's output as one tensor, checked, the loss of that, and the target; X goes to the parameters' device."""
     check_input(X)
     model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
     try:
-        output = model(X.to(next(iter(wanted.values())).device) if isinstance(X, Tensor) else X)
+        output, y = output_and_target(model, X, y, forward, next(iter(wanted.values())).device)
     except ValueError as error:
-        if not 0 < len(y) < largest:
+        if y is None or not 0 < len(y) < largest:
             raise
         raise ValueError(
             f"{error} This is a mini-batch of {len(y)} sample(s) after one of {largest}: if it is too small, leave it "
@@ -171,4 +186,4 @@ def _forward(
         ) from error
     output, loss_fn = as_one(output, loss_fn)
     check_output(output, y, wanted, X)
-    return plain_tensor(output), loss_fn
+    return plain_tensor(output), loss_fn, y

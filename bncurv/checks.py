@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bncurv.graph import Trace
 from bncurv.quantities import Quantity
@@ -37,55 +36,12 @@ def check_options(method: str, tol: float, chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size={chunk_size!r}; expected None or a positive integer (vectors held at once).")
 
 
-def select_parameters(model: nn.Module, params: Iterable[str] | None) -> dict[str, Tensor]:
-    """Parameters by name: those named in ``params``, or all that require grad.
-
-    Raises:
-        ValueError: for an unknown name, a frozen parameter, or none at all.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
-    named = dict(model.named_parameters())
-    if isinstance(params, str):
-        raise TypeError(f"params={params!r} is a string; expected an iterable of names, e.g. params=[{params!r}].")
-    if not (params is None or isinstance(params, Iterable)):
-        raise TypeError(f"params={params!r}; expected an iterable of parameter names.")
-    names = [n for n, p in named.items() if p.requires_grad] if params is None else list(params)
-    if not names and params is not None:
-        raise ValueError("params is empty; expected at least one name, or None for all that require grad.")
-    for name in names:
-        if name not in named:
-            close = difflib.get_close_matches(str(name), named, n=3) or list(named)[:3]
-            raise ValueError(
-                f"params names '{name}', which {type(model).__name__} does not have; did you mean {close}?"
-            )
-        if not named[name].requires_grad:
-            raise ValueError(f"params names '{name}', which has requires_grad=False; set it to True, or leave it out.")
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter that requires grad; there is nothing to compute curvature for."
-        )
-    return {name: named[name] for name in names}
-
-
-def batches(data: Any) -> Iterator[tuple[Any, Tensor]]:
-    """One pair, or an iterable of pairs."""
-    if isinstance(data, tuple | list) and len(data) == 2 and any(isinstance(t, Tensor) for t in data):
-        data = [data]
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data is {type(data).__name__}; expected one batch (X, y), or an iterable of such pairs.")
-    for pair in data:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            length = f" of length {len(pair)}" if isinstance(pair, tuple | list) else ""
-            raise TypeError(f"data yields {type(pair).__name__}{length}; expected pairs (X, y) with a tensor y.")
-        if not isinstance(pair[1], Tensor):
-            raise TypeError(f"y is {type(pair[1]).__name__}; expected a tensor, the second of a pair (X, y).")
-        yield pair[0], pair[1]
-
-
 def check_input(X: Any) -> None:
     """Raise ValueError for an input that is empty or not finite."""
-    if isinstance(X, Tensor):
+    if isinstance(X, tuple | list | Mapping):
+        for part in X.values() if isinstance(X, Mapping) else X:
+            check_input(part)
+    elif isinstance(X, Tensor):
         if X.numel() == 0:
             raise ValueError(f"the batch is empty: X has shape {tuple(X.shape)}; expected at least one sample.")
         if X.is_floating_point() and not bool(X.isfinite().all()):
@@ -108,8 +64,8 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = 
     """
     if not isinstance(output, Tensor):
         raise TypeError(
-            f"the model returns {type(output).__name__}; expected one tensor [N, ...]. Wrap the model so that its "
-            "forward returns the tensor that the loss takes (e.g. drop auxiliary outputs)."
+            f"the model returns {type(output).__name__}{_parts(output, y)}; expected one tensor [N, ...]. Wrap the "
+            f"model, or say which one the loss takes: {_line(output, y)}."
         )
     n = y.shape[0] if y.dim() else 0
     if output.dim() == 0 or output.shape[0] != n:
@@ -132,6 +88,24 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = 
         )
     if not output.requires_grad:
         raise ValueError("the model's output depends on no parameter that requires grad (forward under no_grad?).")
+
+
+def _tensors(output: Any, y: Any) -> dict[Any, Tensor]:
+    """The tensors of a structured output that have as many rows as the target, by key or position."""
+    listed_ones = enumerate(output if isinstance(output, tuple | list) else ())
+    parts = output.items() if isinstance(output, Mapping) else listed_ones
+    return {key: t for key, t in parts if isinstance(t, Tensor) and t.dim() and t.shape[0] == len(y)}
+
+
+def _parts(output: Any, y: Any) -> str:
+    found = ", ".join(f"[{key!r}] {tuple(t.shape)}" for key, t in _tensors(output, y).items())
+    return f" with {found}" if found else ""
+
+
+def _line(output: Any, y: Any) -> str:
+    """The ``forward=`` that may be meant."""
+    key = next(iter(_tensors(output, y)), 0)
+    return f"forward=lambda model, batch: (model(batch[0])[{key!r}], batch[1])"
 
 
 def check_precision(trace: Trace) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # importing it changes the snapshot
 from backpack import backpack
 from backpack.extensions import BatchGrad
 from cases import Net, frozen_parameters
@@ -237,7 +238,7 @@ CALLS = [
     Bad(
         "yields_triples",
         TypeError,
-        ("yields", "3", "pairs (X, y)"),
+        ("yields", "3", "pairs (X, y)", "forward=lambda model, batch: (model(batch[0], batch[1]), batch[2])"),
         lambda: [(inputs(), labels(), labels())],
     ),
     Bad(
@@ -260,13 +261,13 @@ CALLS = [
     Bad(
         "output_tuple",
         TypeError,
-        ("tuple", "expected one tensor [N, ...]", "Wrap"),
+        ("tuple with [0] (6, 3)", "one tensor [N, ...]", "forward=lambda model, batch: (model(batch[0])[0], batch[1])"),
         model=lambda: nn.LSTM(4, C),
     ),
     Bad(
         "output_dict",
         TypeError,
-        ("dict", "expected one tensor [N, ...]", "Wrap"),
+        ("dict with ['logits'] (6, 3)", "expected one tensor [N, ...]", "(model(batch[0])['logits'], batch[1])"),
         model=linear(lambda net, x: {"logits": net.layer(x)}),
     ),
     Bad(
@@ -307,11 +308,23 @@ CALLS = [
         model=lambda: frozen_parameters(mlp(), "0.weight"),
         options={"params": ["0.weight", "3.bias"]},
     ),
+    Bad("params_glob", ValueError, ("glob 'x*'", "holds no parameter", "'0.weight'"), options={"params": "x*"}),
+    Bad("params_module_name", ValueError, ("'0', a module", "'0.*'"), options={"params": "0"}),
+    Bad("params_tensor", ValueError, ("shape (3,)", "no parameter of"), options={"params": torch.ones(3)}),
+    Bad("params_other_module", ValueError, ("ReLU", "no part of"), options={"params": nn.ReLU()}),
+    Bad("params_predicate", TypeError, ("predicate", "int", "True or False"), options={"params": lambda n, p: 1}),
+    Bad("params_none_chosen", ValueError, ("is False for every",), options={"params": lambda n, p: False}),
     Bad(
-        "params_string",
+        "forward_alone",
         TypeError,
-        ("'0.weight'", "string", "params=['0.weight']"),
-        options={"params": "0.weight"},
+        ("forward", "Tensor", "pair (output, target)"),
+        options={"forward": lambda model, batch: model(batch[0])},
+    ),
+    Bad(
+        "forward_target",
+        TypeError,
+        ("forward", "target that is NoneType", "a tensor"),
+        options={"forward": lambda model, batch: (model(batch[0]), None)},
     ),
     Bad("params_empty", ValueError, ("params", "empty"), options={"params": []}),
     Bad("params_number", TypeError, ("params", "3", "names"), options={"params": 3}),

@@ -20,7 +20,7 @@ FLOORS = [
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
-    {"batch", "checks", "untouched"},
+    {"batch", "checks", "chosen", "inputs", "untouched"},
     {"recording", "context", "composed", "backward"},
     {"api", "extension"},
     {""},

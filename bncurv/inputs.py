@@ -1,0 +1,100 @@
+"""From the user's data to an output and a target: pairs (X, y), or any batches with a ``forward`` of the user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bncurv.losses import name_of
+
+Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+
+def batches(data: Any, forward: Forward | None = None) -> Iterator[tuple[Any, Any]]:
+    """The mini-batches as pairs of what the model gets and the target; with ``forward`` a batch and ``None``.
+
+    Raises:
+        TypeError: for what is no batch.
+    """
+    if forward is not None:
+        one = isinstance(data, Tensor | Mapping | tuple) or not isinstance(data, Iterable)
+        yield from ((batch, None) for batch in ([data] if one else data))
+        return
+    if isinstance(data, tuple | list) and len(data) == 2 and any(isinstance(t, Tensor) for t in data):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data is {type(data).__name__}; expected one batch (X, y), or an iterable of such pairs.")
+    for pair in data:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise TypeError(
+                f"data yields {type(pair).__name__}{_length(pair)}; expected pairs (X, y) with a tensor y. For other "
+                f"batches say what to do with one: {_line(pair)}."
+            )
+        if not isinstance(pair[1], Tensor):
+            raise TypeError(f"y is {type(pair[1]).__name__}; expected a tensor, the second of a pair (X, y).")
+        yield pair[0], pair[1]
+
+
+def _length(batch: Any) -> str:
+    return f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+
+
+def _line(batch: Any) -> str:
+    """The ``forward=`` that may be meant."""
+    if isinstance(batch, tuple | list) and len(batch) > 2:
+        given = ", ".join(f"batch[{i}]" for i in range(len(batch) - 1))
+        return f"forward=lambda model, batch: (model({given}), batch[{len(batch) - 1}])"
+    return "forward=lambda model, batch: (model(...), target)"
+
+
+def output_and_target(model: nn.Module, X: Any, y: Any, forward: Forward | None, device: torch.device) -> Any:
+    """Run the model on a mini-batch, or ``forward`` with it.
+
+    Raises:
+        TypeError: where ``forward`` returns anything but an output and a tensor.
+    """
+    if forward is None:
+        return _run(model, _moved(X, device)), y
+    found = forward(model, X)
+    if not (isinstance(found, tuple | list) and len(found) == 2):
+        raise TypeError(
+            f"forward {name_of(forward)} returned {type(found).__name__}{_length(found)}; expected a pair "
+            "(output, target) of the model's output and what the loss compares it with."
+        )
+    if not isinstance(found[1], Tensor):
+        raise TypeError(
+            f"forward {name_of(forward)} returned a target that is {type(found[1]).__name__}; expected a tensor."
+        )
+    return tuple(found)
+
+
+def _run(model: nn.Module, X: Any) -> Any:
+    """``model(X)``; ``model(*X)`` of a sequence that one argument cannot be; ``model(**X)`` of arguments by name."""
+    if isinstance(X, tuple | list | Mapping):
+        signature = inspect.signature(model.forward)
+        if isinstance(X, Mapping) and X and all(key in signature.parameters for key in X):
+            return model(**X)
+        if not isinstance(X, Mapping) and not _binds(signature, X) and _binds(signature, *X):
+            return model(*X)
+    return model(X)
+
+
+def _binds(signature: inspect.Signature, *args: Any) -> bool:
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
+
+
+def _moved(X: Any, device: torch.device) -> Any:
+    """Tensors on the device, also those in plain containers."""
+    if isinstance(X, Tensor):
+        return X.to(device)
+    if type(X) in (tuple, list):
+        return type(X)(_moved(part, device) for part in X)
+    return {key: _moved(part, device) for key, part in X.items()} if type(X) is dict else X

@@ -1,0 +1,147 @@
+"""What comes in: several inputs, dictionaries, batches of any kind through ``forward``; parameters by any choice."""
+
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cases import Net, float64, perturb
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bncurv import DiagGGNExact, curvature, reference
+
+N = 9
+loss = nn.MSELoss()
+
+
+class Two(nn.Module):
+    """Two inputs, a BatchNorm behind one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.b, self.o = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(2, 5), nn.Linear(5, 2)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.n(self.a(u)) + self.b(v)))
+
+
+@dataclass
+class Output:
+    """As model libraries return it."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Whole(Two):
+    """Returns more than the loss takes."""
+
+    def forward(self, u: Tensor, v: Tensor) -> Output:  # type: ignore[override]
+        return Output(super().forward(u, v), u)
+
+
+@pytest.fixture
+def two() -> Any:
+    with float64(0):
+        model = Two()
+        perturb(model)
+        u, v, y = torch.randn(N, 3), torch.randn(N, 2), torch.randn(N, 2)
+    joined = Net(lambda net, x: net.m(x[:, :3], x[:, 3:]), m=model)
+    want = reference.ggn_diagonal(joined, loss, torch.cat([u, v], 1), y)
+    return model, u, v, y, {name.removeprefix("m."): t for name, t in want.items()}
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    whole = max(float(t.norm()) for t in want.values())
+    for name, t in want.items():
+        assert float((got[name] - t).norm()) <= 1e-10 * float(t.norm()) + 1e-13 * whole, name
+
+
+def test_several_inputs(two):
+    """A tuple, a list, a dictionary by the names of the arguments."""
+    model, u, v, y, want = two
+    for X in ((u, v), [u, v], {"u": u, "v": v}, {"v": v, "u": u}):
+        assert_close(curvature(model, loss, (X, y), DiagGGNExact()).diag_ggn_exact, want)
+
+
+def test_one_argument_that_is_a_container():
+    """It is what the model takes, so it stays one."""
+    with float64(0):
+        parts = {"a": nn.Linear(3, 4), "n": nn.BatchNorm1d(4), "o": nn.Linear(4, 2)}
+        model = Net(lambda net, X: net.o(net.n(net.a(X["u"] if isinstance(X, dict) else X[0])).tanh()), **parts)
+        u, y = torch.randn(N, 3), torch.randn(N, 2)
+    plain = curvature(model, loss, ((u,), y), DiagGGNExact()).diag_ggn_exact
+    assert_close(curvature(model, loss, ({"u": u}, y), DiagGGNExact()).diag_ggn_exact, plain)
+    assert_close(curvature(model, loss, ([u, None], y), DiagGGNExact()).diag_ggn_exact, plain)
+
+
+BATCHES = {
+    "triple": (lambda u, v, y: (u, v, y), lambda m, b: (m(b[0], b[1]), b[2])),
+    "dict": (lambda u, v, y: {"u": u, "v": v, "labels": y}, lambda m, b: (m(b["u"], b["v"]), b["labels"])),
+    "UserDict": (lambda u, v, y: UserDict(u=u, v=v, labels=y), lambda m, b: (m(b["u"], b["v"]), b["labels"])),
+    "object": (lambda u, v, y: Output(torch.cat([u, v], 1), y), lambda m, b: (m(*b.logits.split([3, 2], 1)), b.hidden)),
+    "tensor": (lambda u, v, y: torch.cat([u, v, y], 1), lambda m, b: (m(b[:, :3], b[:, 3:5]), b[:, 5:])),
+    "list of one": (lambda u, v, y: [(u, v, y)], lambda m, b: (m(b[0], b[1]), b[2])),
+    "generator": (lambda u, v, y: iter([{"b": (u, v, y)}]), lambda m, b: (m(*b["b"][:2]), b["b"][2])),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("method", ["coupled", "dense"])
+def test_forward(two, kind, method):
+    model, u, v, y, want = two
+    batch, forward = BATCHES[kind]
+    res = curvature(model, loss, batch(u, v, y), DiagGGNExact(), forward=forward, method=method)
+    assert res.batches == 1
+    assert_close(res.diag_ggn_exact, want)
+
+
+def test_forward_over_a_loader(two):
+    """Weighted as pairs are."""
+    model, u, v, y, _ = two
+    loader = DataLoader(TensorDataset(u, v, y), 5)
+    got = curvature(model, loss, loader, DiagGGNExact(), forward=lambda m, b: (m(b[0], b[1]), b[2]))
+    want = curvature(model, loss, [((b[0], b[1]), b[2]) for b in loader], DiagGGNExact())
+    assert got.batches == 2
+    assert_close(got.diag_ggn_exact, want.diag_ggn_exact)
+
+
+def test_an_output_object(two):
+    """Of a model that returns more than the loss takes."""
+    model, u, v, y, want = two
+    whole = Whole().double()
+    whole.load_state_dict(model.state_dict())
+    with pytest.raises(TypeError, match="the model returns Output; expected one tensor.*forward=lambda model, batch"):
+        curvature(whole, loss, ((u, v), y), DiagGGNExact())
+    got = curvature(whole, loss, (u, v, y), DiagGGNExact(), forward=lambda m, b: (m(b[0], b[1]).logits, b[2]))
+    assert_close(got.diag_ggn_exact, want)
+
+
+def test_a_bad_number_in_one_of_several_inputs(two):
+    model, u, v, y, _ = two
+    v[4, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or inf in sample\(s\) \[4\]"):
+        curvature(model, loss, ((u, v), y), DiagGGNExact())
+
+
+def test_parameters_by_any_choice(two):
+    model, u, v, y, want = two
+    choices = [
+        ("a.weight", ["a.weight"]),
+        ("[ab].*", ["a.weight", "a.bias", "b.weight", "b.bias"]),
+        (model.n, ["n.weight", "n.bias"]),
+        (model.o.bias, ["o.bias"]),
+        (lambda name, p: p.dim() == 2, ["a.weight", "b.weight", "o.weight"]),
+        (["o.bias", model.n, "a.*", model.n.weight], ["o.bias", "n.weight", "n.bias", "a.weight", "a.bias"]),
+    ]
+    for choice, names in choices:
+        got = curvature(model, loss, ((u, v), y), DiagGGNExact(), params=choice).diag_ggn_exact
+        assert list(got) == names
+        assert_close(got, {name: want[name] for name in names})
+    model.a.bias.requires_grad_(False)
+    assert list(curvature(model, loss, ((u, v), y), DiagGGNExact(), params=model.a).diag_ggn_exact) == ["a.weight"]
+    with pytest.raises(ValueError, match=r"glob 'a.b\*' holds 'a.bias' only, with requires_grad=False"):
+        curvature(model, loss, ((u, v), y), DiagGGNExact(), params="a.b*")
