@@ -43,6 +43,10 @@ from bncurv.slow import listed, warn_slow
 from bncurv.structure import Structure
 from bncurv.truncation import TruncatedDirections
 
+OUTSIDE = "used in a function that is no row of the layer table"
+HOOKED = "below a tensor hook on a layer's output"
+NO_SAMPLES = "used on rows that are no samples"
+
 
 class Procedure(ABC):
     """A source with a way of its own: it starts elsewhere than at the output, or takes more than backward passes."""
@@ -108,7 +112,8 @@ class Engine:
         self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()))
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
-        self.slow = self._without_product()
+        self._causes = self._without_product()
+        self.slow = list(self._causes)
         self.way = self._choose()
 
     @property
@@ -117,15 +122,17 @@ class Engine:
         return self.back.count
 
     # ---------------------------------------------------------------- which way
-    def _without_product(self) -> list[str]:
-        """Parameters that must go the dense way: used outside the table, on rows that are no samples, or hooked."""
-        loose, hooked = {id(p) for p in self.trace.loose}, self.structure.hooked
-        slow = [name for name, p in self.wanted.items() if id(p) in loose]
+    def _without_product(self) -> dict[str, str]:
+        """Parameters that must go the dense way, and why."""
+        loose = {id(p) for p in self.trace.loose}
+        causes = {name: OUTSIDE for name, p in self.wanted.items() if id(p) in loose}
         for name in self.structure.uses:
             sites = self.structure.sites(name)
-            if not sites.isdisjoint(hooked) or any(self._without_samples(j) for j in sites):
-                slow.append(name)
-        return slow
+            if not sites.isdisjoint(self.structure.hooked):
+                causes[name] = HOOKED
+            elif any(self._without_samples(j) for j in sites):
+                causes[name] = NO_SAMPLES
+        return causes
 
     def _without_samples(self, j: int) -> bool:
         """Whether the rows of a call cannot be those of the samples, however they are ordered."""
@@ -150,16 +157,29 @@ class Engine:
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
         strange = [n for n in self.wanted if n not in self.slow and self.structure.sites(n) & self._checks.strange]
         if strange and not problem:
+            self._causes |= dict.fromkeys(strange, NO_SAMPLES)
             self._warn(strange)
             self.slow += strange
         return "dense" if problem else "coupled"
 
     def _warn(self, slow: list[str]) -> None:
+        by_cause: dict[str, list[str]] = {}
+        for name in slow:
+            by_cause.setdefault(self._causes[name], []).append(name)
+        causes = ", ".join(f"{listed(names)} ({cause})" for cause, names in by_cause.items())
+        without, all_of_them = self._columns + self._directions, self.samples * self._columns
+        them = "it" if len(slow) == 1 else "them"
+        spared = f" ({without} passes without {them}, {all_of_them} with {them})"
         warn_slow(
-            f"No parameter product for {listed(slow)} (used outside the layer table, on rows that are no "
-            "samples, or below a tensor hook on a layer's output): exact, but by one backward pass per component "
-            "(slow). Leave them out with params=..., or add the layer with bncurv.register_layer."
+            f"No parameter product for {causes}: exact, but by one backward pass per component"
+            f"{spared if without < all_of_them else ''}. Leave out with params=..., or add the layer with "
+            "bncurv.register_layer."
         )
+
+    @property
+    def _directions(self) -> int:
+        """Backward passes for the directions."""
+        return sum(self.structure.width[j] for j, below in self.structure.below.items() if below)
 
     @property
     def planned(self) -> int:
@@ -170,8 +190,7 @@ class Engine:
             return whole
         if self.way == "dense":
             return whole + self.samples * self._columns
-        directions = sum(self.structure.width[j] for j, below in self.structure.below.items() if below)
-        return whole + self._columns + directions + (self.samples * self._columns if self.slow else 0)
+        return whole + self._columns + self._directions + (self.samples * self._columns if self.slow else 0)
 
     # ---------------------------------------------------------------- the two ways
     def pull_whole(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
