@@ -19,9 +19,9 @@ from bncurv.marks import MARK, Mark, leaves_of, metadata
 ELEMENTWISE = frozenset(
     "add sub mul div true_divide truediv rsub rtruediv rdiv radd rmul pow rpow iadd isub imul idiv itruediv ipow "
     "subtract multiply divide addcmul addcdiv lerp where maximum minimum fmax fmin clamp clamp_min clamp_max hypot "
-    "atan2 masked_fill".split()
+    "atan2".split()
 )
-EXPANDING = frozenset("expand expand_as broadcast_to".split())
+EXPANDING = frozenset("expand expand_as broadcast_to repeat tile".split())
 Marker = Callable[[Tensor, Tensor], None]  # (copies, parameter)
 
 
@@ -51,6 +51,8 @@ def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: C
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if len(tensors) < 2 or all(t.shape == tensors[0].shape for t in tensors):
         return args, kwargs
+    if len({t.dtype for t in tensors if t.is_floating_point()}) > 1:  # copies of a 0-d tensor would promote the others
+        return args, kwargs
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     grows = [t for t in tensors if t.requires_grad and t.shape != shape and _leads(t.shape, shape)]
     own = {id(t) for t in grows if _computed(t, learnt)}
@@ -76,8 +78,9 @@ def copied(output: Any, t: Any, learnt: Container[int], mark: Marker) -> None:
 
 
 def _leads(own: torch.Size, shape: torch.Size) -> bool:
-    """Whether the first axis of ``shape`` is one along which a tensor is repeated."""
-    return bool(shape) and (len(own) < len(shape) or own[0] == 1)
+    """Whether ``shape`` repeats a tensor along the first axis, and along no axis that has entries of its own."""
+    first = bool(shape) and (len(own) < len(shape) or own[0] == 1)
+    return first and all(a in (1, b) for a, b in zip(reversed(own), reversed(shape), strict=False))
 
 
 def _computed(t: Tensor, learnt: Container[int]) -> bool:

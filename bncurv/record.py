@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
         if coupled and not reason:
             return self._batch_norm(arguments)
         output = func(*args, **kwargs)
-        if func is nnf.linear and output._is_view():  # [n, t, o]: an in-place operation would replace its node
+        if func is nnf.linear and output._is_view() and self._free():  # an in-place operation would replace its node
             output = torch.ops.aten._unsafe_view(output, output.shape)
         if reason and output.grad_fn is not None:
             metadata(output.grad_fn).setdefault(UNGATED, []).append(
@@ -189,16 +189,21 @@ class Recorder(TorchFunctionMode):
             self._mark(output, layer, arguments)
         return output
 
+    @staticmethod
+    def _free() -> bool:
+        """Whether operations may be put in: no second run that must save the same, no transform of torch.func."""
+        return not (torch._C._are_functorch_transforms_active() or _recomputes())
+
     def _meet(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of no row of the table; parameters that meet data there are marked."""
         name = name_of(func)
-        if func is nnf.multi_head_attention_forward:
+        if func is nnf.multi_head_attention_forward and self._free():
             with self._inside():
                 return body_of(func)(*args, **kwargs)
-        if name in ELEMENTWISE and not _recomputes():
+        if name in ELEMENTWISE and self._free():
             args, kwargs = spread(args, kwargs, self._learnt, self._fixed, self._mark_copies)
         output = func(*args, **kwargs)
-        if name in EXPANDING and not _recomputes():
+        if name in EXPANDING and self._free():
             copied(output, args[0], self._learnt, self._mark_copies)
         return output
 

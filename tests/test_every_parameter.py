@@ -1,5 +1,6 @@
 """Parameters outside of plain layers: computed weights, parameters that broadcast against data, matrix products."""
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -128,14 +129,23 @@ FAST: dict[str, Callable[[], nn.Module]] = {
         g=lambda: parameter(4),
     ),
     "two-dimensional bias by data": rows(lambda net, h: torch.where(h > 0, h, net.g * h), g=lambda: parameter(4, 4)),
+    "token, repeated": rows(
+        lambda net, h: torch.cat([net.cls.repeat(len(h), 2, 1), h], 1), cls=lambda: parameter(1, 1, 4)
+    ),
     "maximum": rows(lambda net, h: torch.maximum(h, net.g - 0.7), g=lambda: parameter(4)),
 }  # fmt: skip
 
 
 OUTSIDE, NO_SAMPLES = "used in a function that is no row of the layer table", "used on rows that are no samples"
-CAUSES = {"e.weight": NO_SAMPLES, "w": OUTSIDE, "g": OUTSIDE}
+CAUSES = {"e.weight": NO_SAMPLES, "v": OUTSIDE, "t": OUTSIDE, "w": OUTSIDE, "g": OUTSIDE}
+def filled(net: Net, h: Tensor) -> Tensor:
+    return h.masked_fill(h > 0.5, net.v)
+
+
 SLOW: dict[str, Callable[[], nn.Module]] = {  # exact, but these go the dense way, with a warning by name; no others
     "e.weight": rows(lambda net, h: h + net.e(torch.arange(N) % 6)[:4], e=lambda: nn.Embedding(6, 4)),
+    "v": rows(filled, v=lambda: parameter()),
+    "t": rows(lambda net, h: torch.cat([net.t.repeat(len(h), 2, 1), h], 1), t=lambda: parameter(1, 2, 4)),
     "w": rows(lambda net, h: h + torch.einsum("tu,nuc->ntc", net.w, h), w=lambda: parameter(4, 4)),
     "g": rows(lambda net, h: (h.transpose(0, 1) * net.g).transpose(0, 1), g=lambda: parameter(4, 1, 4)),
 }
@@ -179,6 +189,37 @@ def test_slow_alone(name):
         res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
     assert len(said) == 1
     assert_exact(model, X, y, res)
+
+
+def test_copies_do_not_promote():
+    """A 0-d parameter in float64 leaves data in float32 as they are; the forward pass is PyTorch's own, to the bit."""
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(4, 5), "n": nn.BatchNorm1d(5), "o": nn.Linear(5, 3), "t": P(torch.tensor(0.3).double())}
+    model, dtypes = Net(lambda net, x: net.o(note(net.n(net.a(x)) * net.t)), **layers), []
+
+    def note(h: Tensor) -> Tensor:
+        dtypes.append(h.dtype)
+        return h
+
+    names = [name for name, _ in model.named_parameters() if name != "t"]
+    data = torch.randn(N, 4), torch.randint(3, (N,))
+    with pytest.raises(TypeError, match="all float32 or all float64"):
+        curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact())
+    curvature(model, nn.CrossEntropyLoss(), data, DiagGGNExact(), params=names)
+    assert set(dtypes) == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["LayerScale", "token and positions", "orthogonal", "in place"])
+def test_forward_and_backward_are_pytorchs(name):
+    """Of an extended model: to the bit, but for the order of sums in copied parameters' gradients."""
+    model, X, y = problem(name, FAST)
+    plain = copy.deepcopy(model)
+    plain_output, output = plain(X), extend(model)(X)
+    assert torch.equal(output, plain_output)
+    for got in (output, plain_output):
+        nn.functional.cross_entropy(got, y).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-13, atol=1e-15)
 
 
 # ---------------------------------------------------------------------------- rows in another order
