@@ -46,15 +46,16 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None]) -> Verdict:
     probe = _mixed(weights, u)
     expected = [None if r is None else _mixed(weights, r) for r in rows]
     ordinary = pull(probe)
-    apart = _apart(ordinary, expected)
-    if all(d <= EXACT[u.dtype] * size for d, size in apart):
+    apart, limits = _apart(ordinary, expected), torch.finfo(u.dtype)
+    least = limits.tiny / limits.eps  # smaller numbers have not all their digits
+    if all(d <= EXACT[u.dtype] * size + least for d, size in apart):
         return Verdict.RIGHT
     half = pull(0.5 * probe)
-    if not all(d <= EXACT[u.dtype] * size for d, size in _apart(half, ordinary, 0.5)):
+    if not all(d <= EXACT[u.dtype] * size + least for d, size in _apart(half, ordinary, 0.5)):
         return Verdict.NOT_LINEAR
     moved = [_apart(pull(factor * probe), ordinary, factor) for factor in (0.7, 0.9, 1.3, 0.55, 1.1, 1.7)]
     noise = [max(d for d, _ in by_factor) for by_factor in zip(*moved, strict=True)]
-    floor = ROUNDING * torch.finfo(u.dtype).eps * max((size for _, size in apart), default=0.0)
+    floor = ROUNDING * limits.eps * max((size for _, size in apart), default=0.0)
     explained = (
         d <= max(ROUGHLY[u.dtype] * size, ROUNDING * n, floor) for (d, size), n in zip(apart, noise, strict=True)
     )
