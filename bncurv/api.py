@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bncurv.batch import Merged, compute
 from bncurv.blocks import Batch
-from bncurv.checks import check_input, check_options, check_output, check_quantities
+from bncurv.checks import check_input, check_modules, check_options, check_output, check_quantities
 from bncurv.chosen import Choice, select_parameters
 from bncurv.graph import trace
 from bncurv.heads import as_one
@@ -135,6 +135,7 @@ def curvature(
     check_options(method, tol, chunk_size)
     check_loss(loss_fn)
     wanted = select_parameters(model, params)
+    check_modules(model)
 
     def run(undo: Undo) -> Results:
         merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncurv.graph import Trace
 from bncurv.quantities import Quantity
 from bncurv.slow import listed
+
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
 def check_quantities(quantities: Iterable[Any]) -> None:
@@ -34,6 +36,16 @@ def check_options(method: str, tol: float, chunk_size: int | None) -> None:
         raise ValueError(f"tol={tol!r}; expected a relative tolerance, 0 <= tol < 1.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size={chunk_size!r}; expected None or a positive integer (vectors held at once).")
+
+
+def check_modules(model: nn.Module) -> None:
+    """Raise TypeError for quantized modules: autograd has no derivative there, so all before them would be zero."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(QUANTIZED):
+            raise TypeError(
+                f"module '{name}' ({type(module).__name__}) is quantized: PyTorch has no derivative there, so all "
+                "that lies before it would have no curvature. Use the model before its conversion."
+            )
 
 
 def check_input(X: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from bncurv.backward import LossCall, run
+from bncurv.checks import check_modules
 from bncurv.context import Extended, joins_backpack
 from bncurv.losses import is_loss, output_and_target
 from bncurv.marks import LOSS, metadata
@@ -53,6 +54,7 @@ def extend(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"extend got {type(module).__name__}; expected a torch.nn.Module (model or loss).")
+    check_modules(module)
     extended = vars(module).get(_ATTRIBUTE)
     if extended is not None and extended.module is module:
         return module

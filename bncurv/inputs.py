@@ -21,10 +21,17 @@ def batches(data: Any, forward: Forward | None = None) -> Iterator[tuple[Any, An
         TypeError: for what is no batch.
     """
     if forward is not None:
+        if data is None or (isinstance(data, list) and data and all(isinstance(t, Tensor) for t in data)):
+            raise TypeError(
+                f"data is {'None' if data is None else 'a list of tensors'}; with forward=, a tuple or a mapping is "
+                "one batch and a list yields batches. Pass tuple(data) for one batch, iter(data) for many."
+            )
         one = isinstance(data, Tensor | Mapping | tuple) or not isinstance(data, Iterable)
         yield from ((batch, None) for batch in ([data] if one else data))
         return
     if isinstance(data, tuple | list) and len(data) == 2 and any(isinstance(t, Tensor) for t in data):
+        data = [data]
+    if isinstance(data, tuple) and len(data) > 2 and all(isinstance(t, Tensor) for t in data):
         data = [data]
     if not isinstance(data, Iterable):
         raise TypeError(f"data is {type(data).__name__}; expected one batch (X, y), or an iterable of such pairs.")
@@ -59,7 +66,7 @@ def output_and_target(model: nn.Module, X: Any, y: Any, forward: Forward | None,
     """
     if forward is None:
         return _run(model, _moved(X, device)), y
-    found = forward(model, X)
+    found = forward(model, dict(X) if type(X) is dict else X)  # it may take out what it has read
     if not (isinstance(found, tuple | list) and len(found) == 2):
         raise TypeError(
             f"forward {name_of(forward)} returned {type(found).__name__}{_length(found)}; expected a pair "
@@ -75,12 +82,27 @@ def output_and_target(model: nn.Module, X: Any, y: Any, forward: Forward | None,
 def _run(model: nn.Module, X: Any) -> Any:
     """``model(X)``; ``model(*X)`` of a sequence that one argument cannot be; ``model(**X)`` of arguments by name."""
     if isinstance(X, tuple | list | Mapping):
-        signature = inspect.signature(model.forward)
+        signature = _signature(model)
+        if signature is None:
+            return model(X)
         if isinstance(X, Mapping) and X and all(key in signature.parameters for key in X):
             return model(**X)
         if not isinstance(X, Mapping) and not _binds(signature, X) and _binds(signature, *X):
             return model(*X)
     return model(X)
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    """Of the forward that the user wrote, below wrappers; ``None`` of scripted ones."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    extended = vars(model).get("_bncurv")
+    try:
+        if extended is None:
+            return inspect.signature(model.forward)
+        return inspect.signature(extended.forward or type(model).forward.__get__(model))
+    except ValueError:
+        return None
 
 
 def _binds(signature: inspect.Signature, *args: Any) -> bool:

@@ -10,7 +10,7 @@ from cases import Net, float64, perturb
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bncurv import DiagGGNExact, curvature, reference
+from bncurv import DiagGGNExact, curvature, extend, reference
 
 N = 9
 loss = nn.MSELoss()
@@ -145,3 +145,46 @@ def test_parameters_by_any_choice(two):
     assert list(curvature(model, loss, ((u, v), y), DiagGGNExact(), params=model.a).diag_ggn_exact) == ["a.weight"]
     with pytest.raises(ValueError, match=r"glob 'a.b\*' holds 'a.bias' only, with requires_grad=False"):
         curvature(model, loss, ((u, v), y), DiagGGNExact(), params="a.b*")
+
+
+def test_signatures_below_wrappers(two):
+    """Extended models and DataParallel forward any arguments; a scripted one tells none."""
+    model, u, v, y, want = two
+    wrapped = nn.DataParallel(model)
+    got = curvature(wrapped, loss, ((u, v), y), DiagGGNExact()).diag_ggn_exact
+    assert_close({name.removeprefix("module."): t for name, t in got.items()}, want)
+    assert_close(curvature(extend(model), loss, ((u, v), y), DiagGGNExact()).diag_ggn_exact, want)
+
+
+def test_a_batch_is_left_as_it_is(two):
+    """Also where forward takes out what it has read."""
+    model, u, v, y, want = two
+    batch = {"labels": y, "u": u, "v": v}
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        target = batch.pop("labels")
+        return model(**batch), target
+
+    assert_close(curvature(model, loss, batch, DiagGGNExact(), forward=forward).diag_ggn_exact, want)
+    assert list(batch) == ["labels", "u", "v"]
+
+
+def test_ambiguous_data(two):
+    model, u, v, y, _ = two
+    with pytest.raises(TypeError, match=r"data is a list of tensors; .*tuple\(data\) for one batch, iter\(data\)"):
+        curvature(model, loss, [u, v, y], DiagGGNExact(), forward=lambda m, b: (m(b[0], b[1]), b[2]))
+    with pytest.raises(TypeError, match="data is None; with forward="):
+        curvature(model, loss, None, DiagGGNExact(), forward=lambda m, b: (m(b[0], b[1]), b[2]))
+    with pytest.raises(TypeError, match=r"yields tuple of length 3; .*\(model\(batch\[0\], batch\[1\]\), batch\[2\]\)"):
+        curvature(model, loss, (u, v, y), DiagGGNExact())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_modules_are_refused():
+    """PyTorch lets no derivative through them, so what is before would be zero."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Linear(5, 2))
+    model[2] = torch.ao.quantization.quantize_dynamic(nn.Sequential(model[2]), {nn.Linear}, torch.qint8)[0]
+    with pytest.raises(TypeError, match=r"module '2' \(Linear\) is quantized"):
+        curvature(model, loss, (torch.randn(6, 4), torch.randn(6, 2)), DiagGGNExact())
+    with pytest.raises(TypeError, match=r"module '2' \(Linear\) is quantized"):
+        extend(model)
