@@ -114,7 +114,7 @@ class Assurance:
         samples, left = len(u), set(range(len(watched)))
         for axes in range(3):
             order = Interleaved(axes, samples) if axes else None
-            tried = {i for i in left if self._possible(watched[i], axes, samples)}
+            tried = {i for i in left if self._trace.sites[watched[i]].mark.may_have(axes, samples)}
 
             def arranged(got: Gradients, tried: set[int] = tried, order: Interleaved | None = order) -> Gradients:
                 some = [d if i in tried else None for i, d in enumerate(got)]
@@ -129,26 +129,15 @@ class Assurance:
                 if mark.call:
                     mark.call.order = order
                 if mark.coupling:
-                    mark.coupling.interleaved = order is not None
+                    mark.coupling.rows = "(t n)" if order else "(n t)"
             left -= tried - bad
         return left
 
-    def _possible(self, j: int, axes: int, samples: int) -> bool:
-        """Whether the rows of a site may be in an order: sample by sample (0), or interleaved along so many axes."""
-        mark = self._trace.sites[j].mark
-        if axes < 2:
-            return mark.rows % samples == 0
-        if mark.call is None or mark.coupling or len(mark.call.output) < 2:
-            return False
-        return mark.call.layer.row_axes(mark.call.arguments) > 1 and mark.call.output[1] == samples
-
     def _strange(self, j: int) -> bool:
         """Whether a site whose rows are no samples' makes only its own parameters slow."""
-        return self._table(j) or bool(self._trace.sites[j].mark.rows % self._passes.samples)
-
-    def _table(self, j: int) -> bool:
         mark = self._trace.sites[j].mark
-        return mark.call is not None and isinstance(mark.call.layer, Expanded | Embedding)
+        table = mark.call is not None and isinstance(mark.call.layer, Expanded | Embedding)
+        return table or not mark.may_have(0, self._passes.samples)
 
     def disagreeing(
         self, names: list[str], directions: Corrections, error: Mapping[str, float], method: str

@@ -75,11 +75,11 @@ class BatchNormCoupling(Coupling):
         delta = delta.reshape(q, rows, channels, -1)
         first = delta.sum(3)
         second = torch.einsum("qrcs,rcs->qrc", delta, self.normalised.reshape(rows, channels, -1))
-        out, order = delta.new_empty(samples, q, 2, channels), "(t n)" if self.interleaved else "(n t)"
+        out = delta.new_empty(samples, q, 2, channels)
         for moment, sums in enumerate((first, second)):
-            by_sample = (
-                rearrange(sums, f"q {order} c -> n q t c", n=samples).sum(2) if rows > samples else sums.transpose(0, 1)
-            )
+            by_sample = sums.transpose(0, 1)
+            if rows > samples:
+                by_sample = rearrange(sums, f"q {self.rows} c -> n q t c", n=samples).sum(2)
             torch.mul(by_sample, self._factors[moment], out=out[:, :, moment])
         return out.flatten(2)
 
@@ -109,8 +109,7 @@ class BatchNormCoupling(Coupling):
     def deviations(self, samples: int) -> Tensor:
         """Mean_s x_ns - mean and mean_s (x_ns - mean)² - v."""
         centred, v = self._centred()
-        order = "(t n)" if self.interleaved else "(n t)"
-        by_sample = rearrange(centred, f"{order} ... -> n t ...", n=samples)  # [n, t, channel, *position]
+        by_sample = rearrange(centred, f"{self.rows} ... -> n t ...", n=samples)  # [n, t, channel, *position]
         axes = (1, *range(3, by_sample.dim()))
         return torch.cat([by_sample.mean(axes), by_sample.square().mean(axes) - v], 1)
 

@@ -59,6 +59,8 @@ def leaking(pull: Callable[[Tensor], Gradients], u: Tensor, plain: Gradients, sa
             back = torch.zeros_like(p) if after is None else _by_sample(after, samples) / scale[:, None].to(p.dtype)
             if bool(((back - p).abs() > COUPLED[p.dtype] * p.abs() + _rounded(p, size)[:, None]).any()):
                 found.add(i)
+        if len(found) == len(checked):
+            break
         place *= BASE
     return found
 

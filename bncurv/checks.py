@@ -104,8 +104,8 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = 
 
 def _tensors(output: Any, y: Any) -> dict[Any, Tensor]:
     """The tensors of a structured output that have as many rows as the target, by key or position."""
-    listed_ones = enumerate(output if isinstance(output, tuple | list) else ())
-    parts = output.items() if isinstance(output, Mapping) else listed_ones
+    positions = enumerate(output if isinstance(output, tuple | list) else ())
+    parts = output.items() if isinstance(output, Mapping) else positions
     return {key: t for key, t in parts if isinstance(t, Tensor) and t.dim() and t.shape[0] == len(y)}
 
 

@@ -53,6 +53,10 @@ class Extended:
         self.arriving: dict[int, weakref.ref[Tensor]] = {}
         Extended.everywhere[id(self)] = self
 
+    def plain(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward of the module, or of a copy, without the extension."""
+        return self.forward or partial(type(module).forward, module)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "arriving": {}}
 

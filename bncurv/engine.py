@@ -130,15 +130,14 @@ class Engine:
             sites = self.structure.sites(name)
             if not sites.isdisjoint(self.structure.hooked):
                 causes[name] = HOOKED
-            elif any(self._without_samples(j) for j in sites):
+            elif not all(self._has_samples(j) for j in sites):
                 causes[name] = NO_SAMPLES
         return causes
 
-    def _without_samples(self, j: int) -> bool:
-        """Whether the rows of a call cannot be those of the samples, however they are ordered."""
-        call = self.trace.sites[j].call
-        second = call.layer.row_axes(call.arguments) > 1 and call.output[1] == self.samples
-        return call.output[0] % self.samples != 0 and not second
+    def _has_samples(self, j: int) -> bool:
+        """Whether the rows of a call may be those of the samples, in some order."""
+        mark = self.trace.sites[j].mark
+        return any(mark.may_have(axes, self.samples) for axes in (0, 2))
 
     def _choose(self) -> str:
         if self._method == "dense":

@@ -82,13 +82,13 @@ class Coupling(ABC):
         gates: the forward pass' gates.
         handle: a leaf that receives `summed` as its gradient in a pass with `Gates.sums`; ``None``: there is none.
         offset: largest mean of a channelled input in units of its standard deviation: so many digits are lost in it.
-        interleaved: whether the sample changes fastest along the rows of the input, ``(t n)`` instead of ``(n t)``.
+        rows: order of the rows of the input: ``(n t)``, or ``(t n)`` where the sample changes fastest.
         channelled: shape of an input whose every channel (axis 1) has moments of its own, R = moments · channels with
             the moment slowest and a first moment that centring the input removes; ``None``: another kind of statistics.
     """
 
     handle: Tensor | None = None
-    interleaved: bool = False
+    rows: str = "(n t)"
     channelled: torch.Size | None = None
     offset: float = 0.0
 
@@ -139,8 +139,7 @@ class CopiesCoupling(Coupling):
 
     def per_sample(self, delta: Tensor, samples: int) -> Tensor:
         """Flatten the copies' gradient."""
-        rows = "(t n)" if self.interleaved else "(n t)"
-        return rearrange(delta.reshape(*delta.shape[:2], -1), f"q {rows} r -> n q t r", n=samples).sum(2)
+        return rearrange(delta.reshape(*delta.shape[:2], -1), f"q {self.rows} r -> n q t r", n=samples).sum(2)
 
     def summed(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Summed over the copies."""

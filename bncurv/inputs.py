@@ -98,9 +98,7 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         model = model.module
     extended = vars(model).get("_bncurv")
     try:
-        if extended is None:
-            return inspect.signature(model.forward)
-        return inspect.signature(extended.forward or type(model).forward.__get__(model))
+        return inspect.signature(extended.plain(model) if extended else model.forward)
     except ValueError:
         return None
 

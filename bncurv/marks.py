@@ -151,3 +151,11 @@ class Mark(NamedTuple):
     output_nr: int = 0
     rows: int = 0
     below: tuple[GradientEdge, ...] = ()
+
+    def may_have(self, axes: int, samples: int) -> bool:
+        """Whether the rows may be in an order: sample by sample (0), or interleaved along so many leading axes."""
+        if axes < 2:
+            return self.rows % samples == 0
+        if self.call is None or self.coupling:
+            return False
+        return self.call.layer.row_axes(self.call.arguments) > 1 and self.call.output[1] == samples

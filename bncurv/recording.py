@@ -40,7 +40,7 @@ class Recording:
 @torch._disable_dynamo  # torch.compile around an extended model runs it eagerly
 def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an extended model; without gradients, and inside one that is recorded, it is the plain one."""
-    forward = module._bncurv.forward or partial(type(module).forward, module)
+    forward = module._bncurv.plain(module)
     if Recorder.watches() or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     recording = Recording(weakref.ref(module), joins_backpack(module), not disable.should_store_io())
