@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bncurv.batch import Merged, compute
 from bncurv.blocks import Batch
-from bncurv.checks import check_input, check_modules, check_options, check_output, check_quantities
+from bncurv.checks import check_input, check_modules, check_options, check_output, check_quantities, dtype_of
 from bncurv.chosen import Choice, select_parameters
 from bncurv.graph import trace
 from bncurv.heads import as_one
@@ -25,6 +25,7 @@ from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
 from bncurv.shares import Weights
+from bncurv.twins import Twins
 from bncurv.undo import Undo, without_trace
 from bncurv.untouched import leave_as_is
 
@@ -76,6 +77,7 @@ def curvature(
     tol: float = 0.0,
     chunk_size: int | None = None,
     progress: bool = False,
+    precision: str | torch.dtype | None = None,
 ) -> Results:
     """Exact curvature of ``loss_fn(model(X), y)`` in the mode that the model is in, BatchNorm coupling included.
 
@@ -115,6 +117,10 @@ def curvature(
             passes where N·C is large; the error it made is estimated in ``Results.error``.
         chunk_size: most vectors (batch-sized cotangents, or rows ``[*p]``) held at once; default: chosen by bytes.
         progress: show a progress bar, in backward passes.
+        precision: ``"float32"`` or ``"float64"``: the curvature of the model as it would be in that precision
+            (``copy.deepcopy(model).float()`` or ``.double()``, run on data of that dtype), also of one in half
+            precision or with autocast regions, which are refused without it. For the call, copies in that dtype stand
+            in the modules in place of parameters and buffers, and autocast is off; results have that dtype.
 
     Returns:
         Frozen results; ``results.<field>[name]`` per quantity.
@@ -133,8 +139,9 @@ def curvature(
     """
     check_quantities(quantities)
     check_options(method, tol, chunk_size)
+    dtype = dtype_of(precision)
     check_loss(loss_fn)
-    wanted = select_parameters(model, params)
+    selected = select_parameters(model, params)
     check_modules(model)
 
     def run(undo: Undo) -> Results:
@@ -143,14 +150,19 @@ def curvature(
         bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
         undo.note(bar.close)
         leave_as_is(undo, model, *([loss_fn] if isinstance(loss_fn, nn.Module) else []))
+        twins = Twins(undo, dtype, model, loss_fn)
+        wanted = twins.of(selected)
         recorder = Recorder(model, private=True)
         undo.note(recorder.stop)
         with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
             generator = generator_of_call(quantities, next(iter(wanted.values())).device)
         for X, y in batches(data, forward):
-            with torch.enable_grad(), recorder:
-                output, of_output, y = _forward(model, loss_fn, X, y, forward, wanted, largest)
-            loss = LossAtBatch(of_output, output, y.to(output.device), hooked=True, empty_ok=True, parameters=wanted)
+            with torch.enable_grad(), twins.meeting(), recorder:
+                X, y = twins.data((X, y))
+                output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
+                twins.check(output)
+            y, all_of_them = y.to(output.device), wanted | twins.others
+            loss = LossAtBatch(of_output, output, y, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())
             batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=readable(model, X))
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bncurv.graph import Trace
@@ -36,6 +37,16 @@ def check_options(method: str, tol: float, chunk_size: int | None) -> None:
         raise ValueError(f"tol={tol!r}; expected a relative tolerance, 0 <= tol < 1.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size={chunk_size!r}; expected None or a positive integer (vectors held at once).")
+
+
+def dtype_of(precision: Any) -> torch.dtype | None:
+    """The dtype that ``precision`` names; ValueError for another than single and double precision."""
+    for dtype in (torch.float32, torch.float64):
+        if isinstance(precision, str | torch.dtype) and precision in (dtype, str(dtype).removeprefix("torch.")):
+            return dtype
+    if precision is not None:
+        raise ValueError(f"precision={precision!r}; expected 'float32', 'float64', or None for the model's own.")
+    return None
 
 
 def check_modules(model: nn.Module) -> None:
@@ -91,8 +102,9 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = 
     kinds = {str(p.dtype) for p in wanted.values()} | {str(output.dtype)}
     if kinds not in ({"torch.float32"}, {"torch.float64"}):
         raise TypeError(
-            f"parameters and output have dtypes {sorted(kinds)}; expected all float32 or all float64 (half precision "
-            "and autocast lose the digits that curvature needs). Call model.float() or model.double(), and X likewise."
+            f"parameters and output have dtypes {sorted(kinds)}{_lowest(wanted)}; expected all float32 or all float64 "
+            "(half precision and autocast lose the digits that curvature needs). Use bncurv.curvature(..., "
+            "precision='float32'), or call model.float() or model.double(), and X likewise."
         )
     if not bool(output.isfinite().all()):
         raise ValueError(
@@ -100,6 +112,12 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = 
         )
     if not output.requires_grad:
         raise ValueError("the model's output depends on no parameter that requires grad (forward under no_grad?).")
+
+
+def _lowest(wanted: Mapping[str, Tensor]) -> str:
+    """The parameters in half precision."""
+    low = [name for name, p in wanted.items() if p.dtype not in (torch.float32, torch.float64)]
+    return f", {listed(low)} in half precision" if low else ""
 
 
 def _tensors(output: Any, y: Any) -> dict[Any, Tensor]:
@@ -129,8 +147,8 @@ def check_precision(trace: Trace) -> None:
     if trace.lowered:
         raise TypeError(
             f"Module(s) {listed(dict.fromkeys(trace.lowered))} compute in half precision inside the model (autocast, "
-            "or a cast in the code), which loses the digits that curvature needs. Switch autocast off around the call, "
-            "or cast these modules to float32."
+            "or a cast in the code), which loses the digits that curvature needs. Use bncurv.curvature(..., "
+            "precision='float32'), which runs modules and autocast regions in float32; a cast in the code must go."
         )
 
 

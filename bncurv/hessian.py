@@ -92,7 +92,7 @@ class Hessian:
         if self.dtype not in EXACT:
             raise TypeError(
                 f"{self.name} computes in {self.dtype} inside (autocast, or a cast in its code), which loses the "
-                "digits that curvature needs. Switch autocast off around the call, or take the cast out."
+                "digits that curvature needs. Use bncurv.curvature(..., precision='float32'), or take the cast out."
             )
         again = self.gradient_at(self.output)
         if not (again - self.gradient).norm() <= EXACT[self.dtype] * self.gradient.norm():

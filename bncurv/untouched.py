@@ -26,8 +26,8 @@ from bncurv.undo import Undo
 def leave_as_is(undo: Undo, *roots: nn.Module) -> None:
     """All that a call on the user's model and loss must leave as it is; calls of other threads wait.
 
-    Parameters, their ``.grad`` and hooks, buffers, modes, hooks of modules; random states; PyTorch's modes of this
-    thread; BackPACK's context.
+    Parameters, their ``.grad`` and hooks, buffers, modes, hooks of modules, and no graph as their attribute; random
+    states; PyTorch's modes of this thread; BackPACK's context.
     """
     modules = [m for root in roots for m in root.modules()]
     parameters = [p for root in roots for p in root.parameters()]
@@ -108,12 +108,31 @@ def keep_grads(undo: Undo, tensors: Iterable[Tensor]) -> None:
 
 
 def keep_tables(undo: Undo, modules: Iterable[nn.Module]) -> None:
-    """Which parameters and buffers a module has, and its mode."""
+    """Which parameters and buffers a module has, and its mode; no attribute is left that holds a graph of ours."""
     for m in modules:
+        undo.note(partial(_refill_attributes, vars(m), dict(vars(m)), _holds_graph))
         undo.note(partial(_set_mode, m, m.training))
         for table in (m._parameters, m._buffers):
             if isinstance(table, dict):  # those of script modules are not
                 undo.note(partial(_refill, table, dict(table)))
+
+
+def keep_attributes_of(undo: Undo, modules: Iterable[nn.Module]) -> None:
+    """The plain attributes of modules: the same objects."""
+    for m in modules:
+        undo.note(partial(_refill_attributes, vars(m), dict(vars(m)), lambda value: True))
+
+
+def _refill_attributes(attributes: dict[str, Any], found: dict[str, Any], only: Callable[[Any], bool]) -> None:
+    now = dict(attributes)
+    for key in now | found:
+        value = found.get(key, found)  # itself: there was none
+        if now.get(key, found) is not value and only(now.get(key)):
+            attributes.__setitem__(key, value) if key in found else attributes.pop(key, None)
+
+
+def _holds_graph(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:

@@ -15,7 +15,7 @@ from backpack.context import CTX
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from bncurv import context, eager, turns
+from bncurv import autocast, context, eager, turns
 
 COMPILER = "torch._dynamo.eval_frame"
 GLOBAL_HOOKS = [name for name in vars(torch_module) if name.startswith("_global_")]
@@ -50,6 +50,9 @@ def of_process() -> dict[str, Any]:
         "bncurv's own": (dict(turns._OWNER), dict(turns._HELD), dict(eager._WATCHERS), list(context._BLOCKS)),
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "default dtype": torch.get_default_dtype(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.autocast.__enter__),
+        "autocast kept off": (autocast._off(), dict(autocast._CALLS), dict(autocast._BEFORE)),
+        "autocast's regions": (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()),
         "BackPACK": (CTX.active_exts, CTX.extension_hook, CTX.debug, CTX.retain_graph),
         "BackPACK stores": backpack.disable.store_io,
         "BackPACK's hooks": list(CTX.hook_handles),

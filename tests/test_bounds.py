@@ -11,6 +11,9 @@ PRIVATE = {
     "torch._C._are_functorch_transforms_active",  # what autograd.Function asks before it runs
     "torch._C._autograd",  # whether saved tensors are packed by hooks, which only torch 2.7 and newer tells
     "torch._C._current_graph_task_id",  # whether this thread is in a backward pass
+    "torch._C._get_obj_in_tls",  # what a thread hands on to the engine's threads: that autocast is off
+    "torch._C._is_key_in_tls",
+    "torch._C._stash_obj_in_tls",
     "torch._C._functorch",  # its switch of the warning that vmap has no rule for an operation; transforms to leave
     "torch._C",  # DisableTorchFunction: the recorder's own reads do not come by its mode
     "torch.ops.aten._unsafe_view",  # a linear layer's output that is no view: in-place operations leave its node

@@ -51,6 +51,10 @@ def by_curvature(model: nn.Module, loss_fn: nn.Module) -> None:
     curvature(model, loss_fn, [(X, y), (X, y)], DiagGGNExact(), ComponentGrad())
 
 
+def in_float32(model: nn.Module, loss_fn: nn.Module) -> None:
+    curvature(model, loss_fn, (X, y), DiagGGNExact(), precision="float32")
+
+
 def by_gesture(model: nn.Module, loss_fn: nn.Module) -> None:
     with backpack(DiagGGNExact(), ComponentGrad()):
         loss_fn(model(X), y).backward()
@@ -61,7 +65,8 @@ def beside_backpack(model: nn.Module, loss_fn: nn.Module) -> None:
         loss_fn(model(X), y).backward()
 
 
-CALLS = [by_curvature, by_gesture, beside_backpack]
+PLAIN = [by_curvature, in_float32]
+CALLS = [*PLAIN, by_gesture, beside_backpack]
 # what the user's own forward and backward pass change, and the results
 OWN = "buffer", "grad", "random state", "attributes"
 
@@ -90,13 +95,13 @@ class AtLine:
 def left_behind(call: Callable, interrupt: Callable[[Callable[[], None]], bool]) -> list[str]:
     """What is not as before after an interrupted call, and half a result."""
     model, loss_fn = net(), nn.CrossEntropyLoss()
-    if call is not by_curvature:
+    if call not in PLAIN:
         extend(model), extend(loss_fn)
     before = snapshot(model, loss_fn)
     if not interrupt(lambda: call(model, loss_fn)):
         return []
     left = differences(before, snapshot(model, loss_fn))
-    if call is not by_curvature:
+    if call not in PLAIN:
         left = [entry for entry in left if not any(own in entry for own in OWN)]
     fields = [sorted(field for field in vars(p) if field != "grad_batch") for p in model.parameters()]
     return left + ([] if all(f == fields[0] for f in fields) else ["half of the results"])
@@ -137,6 +142,14 @@ def test_interrupt_at_the_lines_that_guard(call: Callable) -> None:
     first = first_runs(call)
     chosen = [at for line, at in first.items() if line.startswith(GUARDS) or at % 29 == 0]
     assert len(chosen) > 100
+    assert {line: left for line, at in first.items() if at in chosen and (left := traced(call, at)[0])} == {}
+
+
+def test_interrupt_while_twins_are_put_in_place() -> None:
+    first = first_runs(in_float32)
+    chosen = [at for line, at in first.items() if line.startswith(("twins.py", "autocast.py"))]
+    assert len(chosen) > 50
+    call = in_float32
     assert {line: left for line, at in first.items() if at in chosen and (left := traced(call, at)[0])} == {}
 
 
