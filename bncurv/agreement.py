@@ -6,6 +6,8 @@ the coupled way loses to cancellation show here, before anything is handed out.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from bncurv.precision import EXACT, ROUNDING
+
+MOST = sys.float_info.max  # of what is a number
 
 
 class Sum(NamedTuple):
@@ -30,22 +34,29 @@ class Sum(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How far the coupled way is from an ordinary pass, relatively, and whether its rounding explains that."""
+    """How far the coupled way is from an ordinary pass, and why.
+
+    Attributes:
+        size: relatively; infinite where the coupled way gives no number.
+        cancelled: whether the coupled way's rounding explains it.
+        theirs: whether an ordinary pass' own rounding does: nothing is known yet.
+    """
 
     size: float
     cancelled: bool
+    theirs: bool = False
 
 
-def disagreeing(
+def differences(
     pull: Callable[[Tensor], Mapping[str, Tensor]],
     u: Tensor,
     coupled: Mapping[str, Sum],
     terms: Callable[[str], float],
 ) -> dict[str, Difference]:
-    """Parameters for which the coupled way is worse than an ordinary pass.
+    """Where the coupled way is not what an ordinary pass is, by parameter; within `EXACT` it is.
 
-    A difference within `EXACT`, or that an ordinary pass' own rounding explains, is none. The latter is seen in two
-    ways: it moves when the cotangent is scaled, and it is relative to the terms of its sums.
+    An ordinary pass' own rounding is seen in two ways: it moves when the cotangent is scaled, and it is relative to the
+    terms of its sums. Where all that it gives is rounding, the coupled way may have a little more.
 
     Args:
         pull: an ordinary pass with open gates, ``[n, *output]`` → ``[*p]`` by parameter.
@@ -56,19 +67,19 @@ def disagreeing(
     truth = pull(u)
     apart = {name: largest(s.value - truth[name]) for name, s in coupled.items()}
     size = {name: max(largest(truth[name]), largest(s.value)) for name, s in coupled.items()}
-    suspects = [n for n, s in coupled.items() if not apart[n] <= EXACT[s.value.dtype] * size[n] + s.slack]
+    suspects = [n for n, s in coupled.items() if not apart[n] <= min(EXACT[u.dtype] * size[n] + s.slack, MOST)]
     moved = [(factor, pull(factor * u)) for factor in ((0.7, 0.9, 1.3) if suspects else ())]
-    found = {}
+    found, ulps = {}, ROUNDING**2 * torch.finfo(u.dtype).eps
     for name in suspects:
-        ulps = ROUNDING**2 * torch.finfo(u.dtype).eps
-        movement = max(largest(m[name] / factor - truth[name]) for factor, m in moved)
+        noise = ROUNDING * max(largest(m[name] / factor - truth[name]) for factor, m in moved)
         cancelled = apart[name] <= ulps * coupled[name].terms
         if cancelled:  # then the ordinary pass is better, unless all that it gives is rounding
-            fine = ROUNDING * movement >= min(apart[name], largest(truth[name]))
+            limit = noise if largest(truth[name]) > noise else ROUNDING * noise
         else:
-            fine = apart[name] <= max(ROUNDING * movement, ulps * terms(name))
-        if not fine:
-            found[name] = Difference(apart[name] / size[name], cancelled)
+            limit = max(noise, ulps * terms(name))
+        number = apart[name] <= MOST
+        relative = apart[name] / size[name] if number else math.inf
+        found[name] = Difference(relative, cancelled, number and apart[name] <= limit)
     return found
 
 

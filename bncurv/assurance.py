@@ -7,6 +7,7 @@ it. Once the directions are known: is what it gives what an ordinary pass gives 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -14,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bncurv.agreement import Sum, disagreeing, largest
+from bncurv.agreement import Difference, Sum, differences, largest
 from bncurv.blocks import Correction, Source
 from bncurv.certificate import Gradients, find_mixing, leaking
 from bncurv.graph import Trace
@@ -26,6 +27,10 @@ from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
 from bncurv.slow import listed, user_level, warn_slow
 from bncurv.structure import ALL
+
+FEW = 4  # samples that are looked at one by one, at most
+
+Probe = tuple[Tensor, dict[int, Tensor | None]]  # cotangents of the output, and at the sites with closed gates
 
 
 class Corrections(Protocol):
@@ -150,17 +155,56 @@ class Assurance:
             error: by name, what a truncation has dropped on purpose.
             method: with ``"coupled"`` lost digits are the user's choice, and no reason to go another way.
         """
-        u, delta = self._probe
-        directions.read(delta, 1)
-        coupled = {name: self._sum(name, delta, directions.correction(name), error.get(name, 0.0)) for name in names}
+        found = self._differences(names, directions, error, [self._probe])
+        doubtful = [name for name, d in found.items() if d.theirs]
+        if doubtful:
+            samples = self._passes.samples
+            probes = [self._alone(n) for n in range(0, samples, -(-samples // FEW))]
+            alone = self._differences(doubtful, directions, error, probes)
+            found |= {name: d._replace(cancelled=True) for name, d in alone.items()}  # their sum agreed
+        return self._said({name: d for name, d in found.items() if not d.theirs}, method)
+
+    def _alone(self, n: int) -> Probe:
+        """The probe of one sample: where samples meet, an ordinary pass can lose digits that it keeps of each."""
+        (u, delta), one = self._probe, torch.zeros_like(self._probe[0])
+        one[n] = u[n]
+        with self._passes.closed():
+            alone = vjp([self._output], self._structure.edges(list(delta)), [one[None]])
+        return one, dict(zip(delta, alone, strict=True))
+
+    def _differences(
+        self, names: list[str], directions: Corrections, error: Mapping[str, float], probes: list[Probe]
+    ) -> dict[str, Difference]:
+        """How the coupled way of some probes differs from ordinary passes."""
+        sums: dict[str, list[Sum]] = {name: [] for name in names}
+        for _, delta in probes:
+            directions.read(delta, 1)
+            for name in names:
+                sums[name].append(self._sum(name, delta, directions.correction(name), error.get(name, 0.0)))
+        coupled = {
+            name: Sum(torch.stack([s.value for s in of]), max(s.terms for s in of), max(s.slack for s in of))
+            for name, of in sums.items()
+        }
 
         def pull(v: Tensor) -> dict[str, Tensor]:
-            got = vjp([self._output], [self._products.wanted[n] for n in names], [v[None]])
-            return {n: self._products.zeros(n) if g is None else g[0] for n, g in zip(names, got, strict=True)}
+            got = vjp([self._output], [self._products.wanted[n] for n in names], [v], singly=True)
+            return {n: self._products.zeros(n, len(v)) if g is None else g for n, g in zip(names, got, strict=True)}
 
-        found = disagreeing(pull, u, coupled, lambda name: self._products.terms(name, delta))
-        lost = {name: d.size for name, d in found.items() if d.cancelled}
-        unseen = {name: d.size for name, d in found.items() if not d.cancelled}
+        def most(name: str) -> float:
+            return max(self._products.terms(name, delta) for _, delta in probes)
+
+        return differences(pull, torch.stack([u for u, _ in probes]), coupled, most)
+
+    def _said(self, found: Mapping[str, Difference], method: str) -> list[str]:
+        """Warn of differences; the names of those that go the dense way."""
+        beyond = [name for name, d in found.items() if not math.isfinite(d.size)]
+        lost = {name: d.size for name, d in found.items() if d.cancelled and name not in beyond}
+        unseen = {name: d.size for name, d in found.items() if not d.cancelled and name not in beyond}
+        if beyond:
+            warn_slow(
+                f"For {listed(beyond)} the coupled way leaves the range of {self._output.dtype} (the values of a "
+                "BatchNorm, squared?). Taking the dense way for them: exact, one backward pass per component."
+            )
         if unseen:
             warn_slow(
                 f"For {listed(unseen)} the coupled way differs from an ordinary backward pass "
@@ -179,7 +223,7 @@ class Assurance:
                 "few values per channel of a BatchNorm?). Taking the dense way for them: one backward pass per "
                 "component."
             )
-        return [*unseen, *(lost if method != "coupled" else ())]
+        return [*beyond, *unseen, *(lost if method != "coupled" else ())]
 
     def _sum(self, name: str, delta: Mapping[int, Tensor | None], correction: Correction, dropped: float) -> Sum:
         """Σ_k w_k V[k] of a parameter by the coupled way, from the probe's cotangents."""

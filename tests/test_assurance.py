@@ -499,6 +499,50 @@ def test_two_values_per_channel_are_said():
     assert res.passes < 2 * 400  # none of the columns goes the dense way
 
 
+def loud(gain: float) -> nn.Module:
+    """The second sample is louder, before a BatchNorm over two values."""
+
+    class Loud(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.tensor([[1.0], [gain]])
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 3), nn.BatchNorm1d(3), Loud(), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(3, 2))
+
+
+def test_nothing_but_rounding_is_said():
+    """The gradient is 1e-20: an ordinary pass gives rounding of 1e-12 sample by sample, 1e-7 for both as the other."""
+    model, data = loud(1e13), (torch.randn(2, 4), torch.randn(2, 2))
+    with pytest.warns(UserWarning, match="loses digits for '0.weight' to cancellation"):
+        res = curvature(model, nn.MSELoss(), data, ComponentGrad(), method="coupled")
+    dense = curvature(model, nn.MSELoss(), data, ComponentGrad(), method="dense").grad_component
+    assert res.grad_component["0.weight"].norm() > 1e3 * dense["0.weight"].norm()
+
+
+def test_rounding_of_what_vanishes_is_not_said():
+    """A bias that BatchNorm takes off behind a pooling layer: both ways give its rounding."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 2), nn.AvgPool2d(2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)]
+    data = torch.randn(6, 1, 5, 5), torch.randint(2, (6,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        res = curvature(nn.Sequential(*layers), CE, data, ComponentGrad(), method="coupled")
+    assert 0 < res.grad_component["0.bias"].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("method", ["auto", "coupled"])
+def test_a_batch_norm_whose_squares_leave_the_range(method):
+    """Its variance is 1e40: no number in float32, and no reason for one that is none in the result."""
+    model, data = loud(1e20), (torch.randn(2, 4), torch.randint(400, (2,)))
+    model[-1] = nn.Linear(3, 400)  # the coupled way is cheaper
+    with pytest.warns(SlowPathWarning, match="For '0.weight'.* the coupled way leaves the range of torch.float32"):
+        got = curvature(model, CE, data, DiagGGNExact(), method=method).diag_ggn_exact
+    assert all(bool(t.isfinite().all()) for t in got.values())
+    dense = curvature(model, CE, data, DiagGGNExact(), method="dense").diag_ggn_exact
+    assert torch.equal(got["0.weight"], dense["0.weight"])
+
+
 @pytest.mark.parametrize("mean", [1e2, 1e3, 1e4])
 @pytest.mark.parametrize("samples", [8, 64])
 def test_inputs_far_from_zero(samples, mean):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, reference
-from bncurv.agreement import Sum, disagreeing
+from bncurv.agreement import Sum, differences
 from bncurv.certificate import leaks
 from bncurv.linearity import Verdict, examine
 from bncurv.passes import vjp
@@ -264,13 +264,28 @@ def noisy(u: Tensor) -> dict[str, Tensor]:
 def test_two_kinds_of_rounding_are_no_disagreement():
     """The coupled way's is larger, but nothing is there to be lost."""
     u, value = torch.randn(5, dtype=torch.float64), torch.full((5,), 1e-14, dtype=torch.float64)
-    assert not disagreeing(noisy, u, {"p": Sum(value, terms=1.0)}, lambda name: 0.0)
-    assert disagreeing(noisy, u, {"p": Sum(value, terms=1e-3)}, lambda name: 0.0)["p"].cancelled is False
-    assert disagreeing(lambda u: {"p": 1e-9 * u}, u, {"p": Sum(1e-9 * u + value, terms=1.0)}, float)["p"].cancelled
+    assert differences(noisy, u, {"p": Sum(value, terms=1.0)}, lambda name: 0.0)["p"].theirs
+    assert differences(noisy, u, {"p": Sum(value, terms=1e-3)}, lambda name: 0.0)["p"][1:] == (False, False)
+    found = differences(lambda u: {"p": 1e-9 * u}, u, {"p": Sum(1e-9 * u + value, terms=1.0)}, float)
+    assert found["p"][1:] == (True, False)
+
+
+@pytest.mark.parametrize("value, theirs", [(1e-14, True), (1e-13, False)])
+def test_rounding_that_is_much_larger_than_an_ordinary_pass(value, theirs):
+    u = torch.randn(5, dtype=torch.float64)
+    sums = {"p": Sum(torch.full_like(u, value), terms=1e3)}
+    assert differences(noisy, u, sums, lambda name: 0.0)["p"][1:] == (True, theirs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_no_agreement(value):
+    sums = {"p": Sum(torch.full((3,), value), terms=value)}
+    found = differences(lambda u: {"p": u}, torch.ones(3), sums, lambda name: float("inf"))["p"]
+    assert found.size == float("inf") and not found.theirs
 
 
 def test_what_an_ordinary_pass_does_not_give():
-    found = disagreeing(lambda u: {"p": 0 * u}, torch.ones(3), {"p": Sum(torch.ones(3), terms=1.0)}, lambda name: 0.0)
+    found = differences(lambda u: {"p": 0 * u}, torch.ones(3), {"p": Sum(torch.ones(3), terms=1.0)}, lambda name: 0.0)
     assert found["p"].size == 1
 
 
