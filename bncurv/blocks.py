@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,7 @@ class Batch:
         memo: lives as long as the call: what the first mini-batch decides for all.
         generator: random numbers of the call, for quantities without a generator of their own (``None``: torch's
             global ones).
-        reads: what the graph may read when it is run backward, by what a message calls it.
+        reads: makes a list of what the graph may read when it is run backward, by what a message calls it.
     """
 
     output: Tensor
@@ -36,7 +36,7 @@ class Batch:
     graph_survives: bool = True
     memo: dict[str, Any] = field(default_factory=dict)
     generator: torch.Generator | None = None
-    reads: Mapping[str, Tensor] = field(default_factory=dict)
+    reads: Callable[[], Mapping[str, Tensor]] = dict
 
     @property
     def samples(self) -> int:

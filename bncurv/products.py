@@ -106,8 +106,10 @@ class Products:
         """
         key = j, role
         if self._keep(j, role) and key not in self._rights:
-            right = self._make_right(j, role, slice(None))
+            right = self._trace.sites[j].call.right(role)
             assert right is not None  # its size is not 0
+            if j in self.centred:
+                right = right - self._means.setdefault(key, right.mean((1, 2), True))
             self._rights[key] = right
         return self._rights[key][:, rows] if key in self._rights else self._make_right(j, role, rows)
 
@@ -126,9 +128,14 @@ class Products:
     def mean(self, j: int, role: str) -> Tensor:
         """Batch mean of a right operand, ``[g, 1, 1, i]``."""
         if (j, role) not in self._means:
-            call = self._trace.sites[j].call
-            parts = (call.right(role, n) for n in chunks(call.rows, 1))
-            self._means[j, role] = torch.stack([x.mean((1, 2), True) for x in parts if x is not None]).mean(0)
+            call, piece = self._trace.sites[j].call, max(1, ROW_BYTES // max(1, self._size(j, role)))
+            parts = (call.right(role, n) for n in chunks(call.rows, piece))
+            sums, count = [], 0
+            for x in parts:
+                assert x is not None  # of ones there is no mean
+                sums.append(x.sum((1, 2), True))
+                count += x.shape[1:3].numel()
+            self._means[j, role] = torch.stack(sums).sum(0) / count
         return self._means[j, role]
 
     # ---------------------------------------------------------------- products

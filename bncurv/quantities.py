@@ -139,9 +139,17 @@ class ComponentGrad(Quantity):
     wants = ("gradient",)
     per_component = True
 
-    def add(self, state: Result, key: str, rows: Rows) -> None:
-        """g_n."""
-        state[rows.name][rows.n] = rows.values[:, 0]
+    def start(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """No samples yet."""
+        return {name: [] for name in batch.parameters}
+
+    def add(self, state: dict[str, list[Tensor]], key: str, rows: Rows) -> None:
+        """g_n; blocks come in the order of the samples."""
+        state[rows.name].append(rows.values[:, 0])
+
+    def finish(self, state: dict[str, list[Tensor]]) -> Result:
+        """All samples; without a copy where they came at once."""
+        return {name: torch.cat(parts) if parts[1:] else parts[0].contiguous() for name, parts in state.items()}
 
 
 class ComponentL2Grad(Quantity):

@@ -42,7 +42,7 @@ class BatchOperator:
             w = torch.autograd.grad(self._output, self._list, self._u, create_graph=True, materialize_grads=True)
         self._w = [(t, i) for i, t in enumerate(w) if t.requires_grad]
         copies = batch.memo.setdefault("copies", {})
-        self.recorded = Recorded([self._output, *(t for t, _ in self._w)], self._list, batch.reads, copies)
+        self.recorded = Recorded([self._output, *(t for t, _ in self._w)], self._list, batch.reads(), copies)
 
     @property
     def components(self) -> int:
