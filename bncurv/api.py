@@ -165,7 +165,8 @@ def curvature(
             y, all_of_them = y.to(output.device), wanted | twins.others
             loss = LossAtBatch(of_output, output, y, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())
-            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=partial(readable, model, X))
+            reads = partial(readable, model, X)
+            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=reads)
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
             merged.add(parts, weights.of(loss), engine.error)
             passes, way, largest = passes + engine.passes, engine.way, max(largest, len(y))

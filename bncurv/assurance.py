@@ -9,19 +9,18 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from bncurv.agreement import Difference, Sum, differences, largest
 from bncurv.blocks import Correction, Source
-from bncurv.certificate import Gradients, find_mixing, leaking
+from bncurv.certificate import find_mixing, unowned
 from bncurv.graph import Trace
 from bncurv.layers import Embedding, Expanded
-from bncurv.linearity import Pull
-from bncurv.marks import Interleaved
 from bncurv.passes import Passes, vjp
 from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
@@ -91,58 +90,30 @@ class Assurance:
 
     def mixing(self) -> str | None:
         """What mixes samples beside the known couplings, if anything does; keeps its probe for `disagreeing`."""
-        for site in self._trace.sites:
-            if site.mark.coupling and site.mark.rows % self._passes.samples:
-                return (
-                    f"the input of '{site.coupling.name}' has first axis {site.mark.rows}, which is no multiple "
-                    f"of the {self._passes.samples} samples, so its rows cannot be told apart by sample."
-                )
         watched = sorted({*self._structure.calls_in(ALL), *self._structure.couplings})
-        edges = self._structure.edges(watched)
-        u = self._u
+        edges, u = self._structure.edges(watched), self._u
 
-        def pull(v: Tensor) -> list[Tensor | None]:
+        def pull(v: Tensor, edges: list[GradientEdge] = edges) -> list[Tensor | None]:
             return [None if d is None else d[0] for d in vjp([self._output], edges, [v[None]])] if edges else []
 
         with self._passes.closed():
             self._passes.demand_linear(edges, u)
             delta = pull(u)
             self._probe = u, {j: None if d is None else d[None] for j, d in zip(watched, delta, strict=True)}
-            left = self._settle(pull, u, delta, watched)
+            marks = [self._trace.sites[j].mark for j in watched]
+            bad, orders = unowned(pull, u, delta, {i: mark.row_axes for i, mark in enumerate(marks)}, len(u))
+            for i, order in orders.items():
+                marks[i].take(order)
             self._products.forget()
-            self.strange = {watched[i] for i in left if self._strange(watched[i])}
-            mixed = [d if i in left and watched[i] not in self.strange else None for i, d in enumerate(delta)]
-            return find_mixing(pull, u, mixed, self._trace)
-
-    def _settle(self, pull: Pull, u: Tensor, delta: Gradients, watched: list[int]) -> set[int]:
-        """Find the order of the rows at every site; returns (indices of) those whose rows are not one sample's each."""
-        samples, left = len(u), set(range(len(watched)))
-        for axes in range(3):
-            order = Interleaved(axes, samples) if axes else None
-            tried = {i for i in left if self._trace.sites[watched[i]].mark.may_have(axes, samples)}
-
-            def arranged(got: Gradients, tried: set[int] = tried, order: Interleaved | None = order) -> Gradients:
-                some = [d if i in tried else None for i, d in enumerate(got)]
-                return [order.by_sample(d, 0) if order and d is not None else d for d in some]
-
-            def scaled(v: Tensor, arranged: Callable[[Gradients], Gradients] = arranged) -> Gradients:
-                return arranged(pull(v))
-
-            bad = leaking(scaled, u, arranged(delta), samples) if samples > 1 else set()
-            for i in tried - bad:
-                mark = self._trace.sites[watched[i]].mark
-                if mark.call:
-                    mark.call.order = order
-                if mark.coupling:
-                    mark.coupling.rows = "(t n)" if order else "(n t)"
-            left -= tried - bad
-        return left
+            mixed = {watched[i] for i in bad}
+            self.strange = {j for j in mixed if self._strange(j)}
+            return find_mixing(pull, u, self._trace, mixed) if mixed - self.strange else None
 
     def _strange(self, j: int) -> bool:
         """Whether a site whose rows are no samples' makes only its own parameters slow."""
         mark = self._trace.sites[j].mark
         table = mark.call is not None and isinstance(mark.call.layer, Expanded | Embedding)
-        return table or not mark.may_have(0, self._passes.samples)
+        return not mark.coupling and (table or mark.rows % self._passes.samples > 0)
 
     def disagreeing(
         self, names: list[str], directions: Corrections, error: Mapping[str, float], method: str

@@ -9,11 +9,11 @@ import functools
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bncurv.gate import Coupling, Gates
+from bncurv.order import summed
 
 
 def _per_channel(x: Tensor, values: Tensor) -> Tensor:
@@ -77,9 +77,7 @@ class BatchNormCoupling(Coupling):
         second = torch.einsum("qrcs,rcs->qrc", delta, self.normalised.reshape(rows, channels, -1))
         out = delta.new_empty(samples, q, 2, channels)
         for moment, sums in enumerate((first, second)):
-            by_sample = sums.transpose(0, 1)
-            if rows > samples:
-                by_sample = rearrange(sums, f"q {self.rows} c -> n q t c", n=samples).sum(2)
+            by_sample = summed(self.order, sums.transpose(0, 1), samples)
             torch.mul(by_sample, self._factors[moment], out=out[:, :, moment])
         return out.flatten(2)
 
@@ -106,12 +104,17 @@ class BatchNormCoupling(Coupling):
         sums = torch.stack([delta.sum(axes), (delta * centred).sum(axes) * invstd])
         return (sums * _factors(invstd if weight is None else invstd * weight, invstd)).flatten()
 
+    def share(self, samples: int) -> Tensor:
+        """The share of the rows that are each sample's, ``[n]``."""
+        rows = len(self._x)
+        return summed(self.order, self._x.new_full((rows,), 1 / rows), samples)
+
     def deviations(self, samples: int) -> Tensor:
-        """Mean_s x_ns - mean and mean_s (x_ns - mean)² - v."""
+        """N / rows of Σ_s (x_ns - mean) and Σ_s ((x_ns - mean)² - v), s over the sample's rows and positions."""
         centred, v = self._centred()
-        by_sample = rearrange(centred, f"{self.rows} ... -> n t ...", n=samples)  # [n, t, channel, *position]
-        axes = (1, *range(3, by_sample.dim()))
-        return torch.cat([by_sample.mean(axes), by_sample.square().mean(axes) - v], 1)
+        moments = [centred, centred.square() - _per_channel(centred, v)]
+        by_row = torch.cat([m.flatten(2).mean(2) if m.dim() > 2 else m for m in moments], 1)
+        return summed(self.order, by_row, samples) * (samples / len(by_row))
 
 
 class _Moments(torch.autograd.Function):

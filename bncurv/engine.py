@@ -130,14 +130,7 @@ class Engine:
             sites = self.structure.sites(name)
             if not sites.isdisjoint(self.structure.hooked):
                 causes[name] = HOOKED
-            elif not all(self._has_samples(j) for j in sites):
-                causes[name] = NO_SAMPLES
         return causes
-
-    def _has_samples(self, j: int) -> bool:
-        """Whether the rows of a call may be those of the samples, in some order."""
-        mark = self.trace.sites[j].mark
-        return any(mark.may_have(axes, self.samples) for axes in (0, 2))
 
     def _choose(self) -> str:
         if self._method == "dense":

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from bncurv.order import Order, summed
 from bncurv.precision import FORMULA
 from bncurv.probes import pattern
 
@@ -82,13 +82,13 @@ class Coupling(ABC):
         gates: the forward pass' gates.
         handle: a leaf that receives `summed` as its gradient in a pass with `Gates.sums`; ``None``: there is none.
         offset: largest mean of a channelled input in units of its standard deviation: so many digits are lost in it.
-        rows: order of the rows of the input: ``(n t)``, or ``(t n)`` where the sample changes fastest.
+        order: of the rows of the input; ``None``: sample by sample.
         channelled: shape of an input whose every channel (axis 1) has moments of its own, R = moments · channels with
             the moment slowest and a first moment that centring the input removes; ``None``: another kind of statistics.
     """
 
     handle: Tensor | None = None
-    rows: str = "(n t)"
+    order: Order | None = None
     channelled: torch.Size | None = None
     offset: float = 0.0
 
@@ -115,6 +115,10 @@ class Coupling(ABC):
         """λ = dL/d statistics ``[R]``, differentiable in the cotangent ``delta [n·t, ...]`` and the layer's input."""
         raise TypeError(self._no_weights())
 
+    def share(self, samples: int) -> Tensor:
+        """The share of the statistics' rows that are each sample's, ``[n]``."""
+        raise TypeError(self._no_weights())
+
     def deviations(self, samples: int) -> Tensor:
         """N ∂ statistics / ∂w_n at equal weights w of the samples, ``[n, R]``, differentiable in the layer's input."""
         raise TypeError(self._no_weights())
@@ -139,7 +143,8 @@ class CopiesCoupling(Coupling):
 
     def per_sample(self, delta: Tensor, samples: int) -> Tensor:
         """Flatten the copies' gradient."""
-        return rearrange(delta.reshape(*delta.shape[:2], -1), f"q {self.rows} r -> n q t r", n=samples).sum(2)
+        by_row = delta.reshape(*delta.shape[:2], -1).transpose(0, 1)
+        return summed(self.order, by_row, samples).contiguous()
 
     def summed(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Summed over the copies."""

@@ -40,6 +40,11 @@ class Site:
     upstream: int
 
     @property
+    def name(self) -> str:
+        """Qualified name of the module that it belongs to."""
+        return self.mark.coupling.name if self.mark.coupling else self.call.name
+
+    @property
     def call(self) -> Call:
         """The table call of a site that has one (see ``mark.call``)."""
         assert self.mark.call is not None

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from bncurv.gate import Coupling
 from bncurv.layers import Layer
+from bncurv.order import Order, span
 
 # Notes in a node's metadata, besides what autograd keeps there
 MARK = "bncurv"  # a Mark
@@ -69,24 +70,6 @@ def plain_tensor(t: Any) -> Any:
     return t if plain else t.as_subclass(Tensor)
 
 
-class Interleaved(NamedTuple):
-    """The order of rows in which the sample changes fastest: time-first sequences, views joined along the batch.
-
-    Attributes:
-        axes: how many leading axes make up the rows: ``[(t n), ...]`` or ``[t, n, ...]``.
-        samples: N.
-    """
-
-    axes: int
-    samples: int
-
-    def by_sample(self, rows: Tensor, lead: int) -> Tensor:
-        """``[*lead, (t n), ...]`` or ``[*lead, t, n, ...]`` → ``[*lead, (n t), ...]``."""
-        if self.axes == 1:
-            rows = rows.unflatten(lead, (-1, self.samples))
-        return rows.transpose(lead, lead + 1).flatten(lead, lead + 1)
-
-
 @dataclass(eq=False)
 class Call:
     """One use of a table layer: the input it saw and the parameters it used.
@@ -111,7 +94,7 @@ class Call:
     versions: list[int]
     below: list[GradientEdge]
     leaves: dict[str, list[Tensor]] = field(default_factory=dict)
-    order: Interleaved | None = None
+    order: Order | None = None
 
     @property
     def rows(self) -> int:
@@ -122,6 +105,10 @@ class Call:
         """Cotangents ``[q, *output]`` with the rows sample by sample."""
         return self.order.by_sample(delta, 1) if self.order else delta
 
+    def span(self, n: slice, samples: int) -> slice:
+        """Where the rows of some samples are among those."""
+        return span(self.order, n, self.rows, samples)
+
     def learnt(self) -> Iterator[tuple[str, Tensor]]:
         """Roles and the parameters θ behind them."""
         for role, p in self.parameters.items():
@@ -129,10 +116,10 @@ class Call:
                 yield role, leaf
 
     def right(self, role: str, rows: slice = slice(None)) -> Tensor | None:
-        """Right operand of a parameter product for some ``rows`` of the input."""
-        inputs = {key: self.arguments[key] for key in self.layer.inputs}
-        ordered = {key: self.order.by_sample(x.detach(), 0) if self.order else x.detach() for key, x in inputs.items()}
-        sliced = {key: x[rows] for key, x in ordered.items()}
+        """Right operand of a parameter product for some ``rows`` of the input, sample by sample."""
+        inputs, order = {key: self.arguments[key] for key in self.layer.inputs}, self.order
+        some = {key: x.detach() for key, x in inputs.items()}
+        sliced = {key: order.by_sample(x, 0, rows) if order else x[rows] for key, x in some.items()}
         right = self.layer.right(role, self.arguments | sliced, sliced.get("input"))
         if right is not None and [x._version for x in inputs.values()] != self.versions:
             raise RuntimeError(
@@ -152,10 +139,13 @@ class Mark(NamedTuple):
     rows: int = 0
     below: tuple[GradientEdge, ...] = ()
 
-    def may_have(self, axes: int, samples: int) -> bool:
-        """Whether the rows may be in an order: sample by sample (0), or interleaved along so many leading axes."""
-        if axes < 2:
-            return self.rows % samples == 0
-        if self.call is None or self.coupling:
-            return False
-        return self.call.layer.row_axes(self.call.arguments) > 1 and self.call.output[1] == samples
+    def take(self, order: Order) -> None:
+        """The order of the rows, once it is known."""
+        for part in (self.call, self.coupling):
+            if part:
+                part.order = order
+
+    @property
+    def row_axes(self) -> int:
+        """How many leading axes may make up the rows."""
+        return 1 if self.call is None or self.coupling else self.call.layer.row_axes(self.call.arguments)

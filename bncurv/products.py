@@ -15,6 +15,7 @@ from bncurv.budget import RIGHT_BYTES, ROW_BYTES, chunks
 from bncurv.graph import Trace
 from bncurv.layers import Layer, Product
 from bncurv.linearity import Verdict, examine
+from bncurv.order import per_sample
 from bncurv.passes import vjp
 from bncurv.precision import within_range
 from bncurv.squares import sum_squares
@@ -180,19 +181,19 @@ class Products:
 
     def _own_at(self, j: int, role: str, delta: Tensor, n: slice) -> Tensor:
         call = self._trace.sites[j].call
-        t = call.rows // self.samples  # rows of the layer's input per sample
-        delta = call.by_sample(delta)
+        delta, shape = call.by_sample(delta), call.arguments[role].shape
+        whole = call.span(n, self.samples)
+        if whole.start == whole.stop:
+            return delta.new_zeros(n.stop - n.start, len(delta), *shape)
         # operands that are not kept are made piece by piece, in cache
-        piece = n.stop - n.start if self._keep(j, role) else max(1, ROW_BYTES // max(1, self._size(j, role) * t))
+        piece = whole.stop if self._keep(j, role) else max(1, ROW_BYTES // max(1, self._size(j, role)))
         parts = []
-        for some in chunks(n.stop - n.start, piece):
-            rows = slice((n.start + some.start) * t, (n.start + some.stop) * t)
+        for some in chunks(whole.stop - whole.start, piece):
+            rows = slice(whole.start + some.start, whole.start + some.stop)
             left = call.layer.left(role, call.arguments, delta[:, rows])
             parts.append(Product(left, self.right(j, role, rows)).per_sample())
-        found = torch.cat(parts) if parts[1:] else parts[0]
-        if t > 1:
-            found = found.unflatten(0, (-1, t)).sum(1)
-        return call.layer.unfold(role, found, call.arguments[role].shape)
+        found = per_sample(call.order, torch.cat(parts) if parts[1:] else parts[0], n, self.samples)
+        return call.layer.unfold(role, found, shape)
 
     def _through(self, j: int, role: str, name: str, rows: Tensor) -> Tensor:
         """Rows ``[q, *W]`` of a computed parameter W = φ(θ) pulled back through φ: ``[q, *θ]``; else themselves."""
@@ -235,7 +236,8 @@ class Products:
             return False
         call = self._trace.sites[uses[0][0]].call
         right = self._one_row(*uses[0])
-        outer = right is not None and right.shape[:3] == (1, 1, 1) and call.rows == self.samples
+        single = call.rows == self.samples and (call.order is None or call.order.even)
+        outer = right is not None and right.shape[:3] == (1, 1, 1) and single
         return outer and type(call.layer).unfold is Layer.unfold
 
     def in_range(self, name: str, delta: Mapping[int, Tensor | None], correction: Correction) -> bool:

@@ -156,7 +156,7 @@ class Influence(Procedure):
         a = engine.back.coefficients(delta, 1)  # [n, 1, R] by BatchNorm
         d = {j: engine.trace.sites[j].coupling.deviations(samples).detach() for j in structure.couplings}
         for j, coefficients in a.items():
-            _less_weighting(coefficients, d[j], samples)
+            _less_weighting(coefficients, d[j], engine.trace.sites[j].coupling.share(samples))
         directions = Directions(engine.back, engine.products, engine.costs, names)
         directions.carry(a)
         rows = {}
@@ -202,12 +202,13 @@ def _once_only(error: Exception) -> RuntimeError:
     )
 
 
-def _less_weighting(a: Tensor, d: Tensor, samples: int) -> None:
+def _less_weighting(a: Tensor, d: Tensor, share: Tensor) -> None:
     """From what a sample sends into the statistics to α, in place.
 
-    α_v = a_v - λ_v / N and α_mean = a_mean - λ_mean / N - 2 λ_v (x̄_n - mean) / N, ``[n, 1, R]``; they sum to zero.
+    α_v = a_v - s_n λ_v and α_mean = a_mean - s_n λ_mean - 2 λ_v d[n, mean] / N, ``[n, 1, R]``, with the share s_n of the
+    rows that are n's; they sum to zero.
     """
     channels = a.shape[2] // 2
     received = a.sum(0)[0]  # λ [R]
-    a -= received / samples
-    a[:, 0, :channels] -= 2 * received[channels:] * d[:, :channels] / samples
+    a -= share.to(a)[:, None, None] * received
+    a[:, 0, :channels] -= 2 * received[channels:] * d[:, :channels] / len(a)
