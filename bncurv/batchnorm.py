@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bncurv.gate import Coupling, Gates
-from bncurv.order import summed
+from bncurv.order import Order, summed
 
 
 def _per_channel(x: Tensor, values: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class BatchNormCoupling(Coupling):
     def _factors(self) -> Tensor:
         return _factors(self._scale, self._invstd)
 
-    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
+    def per_sample(self, delta: Tensor, samples: int, order: Order | None) -> Tensor:
         """d/dmean = -scale Σ_s δ,  d/dv = -½ scale invstd Σ_s δ x̂."""
         q, rows, channels = delta.shape[:3]
         delta = delta.reshape(q, rows, channels, -1)
@@ -77,7 +77,7 @@ class BatchNormCoupling(Coupling):
         second = torch.einsum("qrcs,rcs->qrc", delta, self.normalised.reshape(rows, channels, -1))
         out = delta.new_empty(samples, q, 2, channels)
         for moment, sums in enumerate((first, second)):
-            by_sample = summed(self.order, sums.transpose(0, 1), samples)
+            by_sample = summed(order, sums.transpose(0, 1), samples)
             torch.mul(by_sample, self._factors[moment], out=out[:, :, moment])
         return out.flatten(2)
 

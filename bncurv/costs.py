@@ -79,7 +79,8 @@ class Costs:
         cost = (self._columns + 2) * self._pass(ALL, self._structure.calls_in(ALL)) + 6 * CALL * len(self._calls)
         groups = self.groups([name for name in self._wanted if name not in slow])
         cost *= len(groups)
-        for j, sites in self._structure.below.items():
+        for j, *_ in self._structure.sisters:
+            sites = self._structure.below[j]
             if sites:
                 count, through = self._structure.width[j], self._structure.through[j]
                 calls = -(-count // self.direction_chunk(j)) * len(sites)

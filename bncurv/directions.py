@@ -51,9 +51,10 @@ class Directions:
             above = structure.pulled_from[name]
             self._rows[name] = dict(zip(above, P.split([structure.width[j] for j in above]), strict=False))
         self._direct: dict[str, list[tuple[int, Tensor]]] = {}
-        for j in structure.couplings:
-            self._pull(j)
-            self._pull_direct(j)
+        for sisters in self._from_statistics.sisters():
+            self._pull(sisters)
+            for j in sisters:
+                self._pull_direct(j)
 
     def _pull_direct(self, j: int) -> None:
         """P of the layer directly below a BatchNorm, all channels at once, without a pass."""
@@ -65,22 +66,23 @@ class Directions:
                     cotangents = cotangents[1:] if i in self._products.centred else cotangents
                     self._direct.setdefault(name, []).append((j, self._products.summed_at(i, role, cotangents)))
 
-    def _pull(self, j: int) -> None:
-        """P of coupling ``j``, its statistics pulled back one coordinate after the other; B too where still unknown."""
-        width = self._structure.width
-        names = [name for name, rows in self._rows.items() if j in rows and not self._products.vanishes(name)]
-        known = j in self.between
+    def _pull(self, sisters: list[int]) -> None:
+        """P of couplings, their statistics pulled back one coordinate after the other; B too where still unknown."""
+        width, first = self._structure.width, sisters[0]
+        names = [name for name, rows in self._rows.items() if first in rows and not self._products.vanishes(name)]
+        known = first in self.between
         if not known:
             zeros = self._passes.output.new_zeros
-            self.between[j] = {i: zeros(width[j], width[i]) for i in self._structure.lower(j)}
-        if not names and (known or not self.between[j]):
+            for j in sisters:
+                self.between[j] = {i: zeros(width[j], width[i]) for i in self._structure.lower(j)}
+        if not names and (known or not self.between[first]):
             return
-        for q in chunks(width[j], self._costs.direction_chunk(j)):
-            products, received = self._from_statistics.pull(j, q, names)
-            for name in names:
-                self._rows[name][j][q] = products[name]
-            for i, rows in received.items():
-                self.between[j][i][q] = rows
+        for q in chunks(width[first], self._costs.direction_chunk(first)):
+            for j, (products, received) in zip(sisters, self._from_statistics.pull(sisters, q, names), strict=True):
+                for name in names:
+                    self._rows[name][j][q] = products[name]
+                for i, rows in received.items():
+                    self.between[j][i][q] = rows
 
     def read(self, delta: Mapping[int, Tensor | None], count: int) -> None:
         """Take A from the cotangents of ``count`` columns with closed gates."""

@@ -171,7 +171,7 @@ class Engine:
     @property
     def _directions(self) -> int:
         """Backward passes for the directions."""
-        return sum(self.structure.width[j] for j, below in self.structure.below.items() if below)
+        return sum(self.structure.width[j] for j, *_ in self.structure.sisters if self.structure.below[j])
 
     @property
     def planned(self) -> int:

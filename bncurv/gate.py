@@ -96,12 +96,13 @@ class Coupling(ABC):
         self.name, self.statistics, self.gates = name, statistics, gates
 
     @abstractmethod
-    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
-        """Closed gates: gradient with respect to sample n's use of the statistics, ``[n, q, R]``.
+    def per_sample(self, delta: Tensor, samples: int, order: Order | None) -> Tensor:
+        """Closed gates: gradient with respect to sample n's use of the statistics, ``[n, q, R]``, contiguous.
 
         Args:
             delta: cotangents ``[q, n·t, ...]`` at the edge where the recorder put the mark.
             samples: N.
+            order: of the rows; not only samples may have rows.
         """
 
     @abstractmethod
@@ -141,10 +142,10 @@ class Coupling(ABC):
 class CopiesCoupling(Coupling):
     """General pair: the mark sits on the per-sample copies of the statistics, whose gradient is the answer."""
 
-    def per_sample(self, delta: Tensor, samples: int) -> Tensor:
+    def per_sample(self, delta: Tensor, samples: int, order: Order | None) -> Tensor:
         """Flatten the copies' gradient."""
         by_row = delta.reshape(*delta.shape[:2], -1).transpose(0, 1)
-        return summed(self.order, by_row, samples).contiguous()
+        return summed(order, by_row, samples).contiguous()
 
     def summed(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Summed over the copies."""

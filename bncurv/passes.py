@@ -215,9 +215,9 @@ class Passes:
         """A of every coupling before the chain through lower statistics, ``[n, c, R]``, from ``count`` cotangents."""
         a: dict[int, Tensor] = {}
         for j in self.structure.couplings:
-            d = delta[j]
+            d, coupling = delta[j], self.sites[j].coupling
             if d is None:
                 a[j] = self.output.new_zeros(self.samples, count, self.structure.width[j])
             else:
-                a[j] = self.sites[j].coupling.per_sample(d, self.samples)
+                a[j] = coupling.per_sample(d, self.samples, coupling.order)
         return a

@@ -6,6 +6,7 @@ Letters: heads of ``engine.py`` and ``layers.py``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from bncurv.budget import RIGHT_BYTES, ROW_BYTES, chunks
 from bncurv.graph import Trace
 from bncurv.layers import Layer, Product
 from bncurv.linearity import Verdict, examine
-from bncurv.order import per_sample
+from bncurv.order import Order, per_sample
 from bncurv.passes import vjp
 from bncurv.precision import within_range
 from bncurv.squares import sum_squares
@@ -166,6 +167,39 @@ class Products:
                 rows = self._through(j, role, name, rows)
                 total = rows if total is None else total + rows
         return self.zeros(name, count) if total is None else total
+
+    def by_group(
+        self,
+        name: str,
+        delta: Mapping[int, Tensor | None],
+        rows: Mapping[int, Order | None],
+        groups: int,
+        count: int,
+    ) -> Tensor:
+        """A parameter's product with ``count`` cotangents, summed over the rows of each group: ``[g, q, *p]``.
+
+        Args:
+            name: the parameter.
+            delta: cotangents by site.
+            rows: by site, the group of each row.
+            groups: their number.
+            count: q.
+        """
+        total = self.zeros(name, groups, count)
+        for j, role in self.uses.get(name, ()):
+            d = delta.get(j)
+            if d is None or self._centred_ones(j, role):
+                continue
+            call = replace(self._trace.sites[j].call, order=rows[j])
+            left, right = call.layer.left(role, call.arguments, call.by_sample(d)), call.right(role)
+            for g in range(groups):
+                some = call.span(slice(g, g + 1), groups)
+                part = None if right is None else right[:, some]
+                if part is not None and j in self.centred:
+                    part = part - self.mean(j, role)
+                product = call.layer.unfold(role, Product(left[:, some], part).summed(), call.arguments[role].shape)
+                total[g] += self._through(j, role, name, product)
+        return total
 
     def own(self, name: str, delta: dict[int, Tensor | None], n: slice, count: int) -> Tensor:
         """Rows of V with the statistics held constant, ``[n, c, *p]``, contiguous."""

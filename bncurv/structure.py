@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.graph import Trace
+from bncurv.order import Order
 
 ALL = -1  # the bit set of all sites
 
@@ -26,8 +27,11 @@ class Structure:
         below: by coupling, what a pass from its statistics must reach: calls but the direct one, lower couplings.
         through: by coupling, all sites that such a pass crosses, as a bit set.
         exclusive: direct sites whose output nothing but the BatchNorm behind takes up.
+        rows_of_sisters: of sisters, once it is known: by site below, whose the rows are; ``None``: they share some.
         pulled_from: parameter name → couplings whose passes reach it, in forward order.
         width: by coupling, the number of its statistics.
+        sisters: the couplings in forward order, those together whose statistics may be pulled back at once: one module
+            called on several parts of the batch.
         entries: parameter name → rows of P it needs: the statistics above it but for those directly above.
         hooked: calls whose cotangent, or that of a coupling above them, is read at a tensor with a hook. PyTorch reads
             it there before or after the hook, depending on what else it is asked for.
@@ -49,11 +53,21 @@ class Structure:
         ends = {i: sites[i].edge for i in self.direct.values() if i is not None}
         self.exclusive = {i for i, e in ends.items() if trace.consumers[e.node, e.output_nr] == 1}
         self.width = {j: sites[j].coupling.statistics.numel() for j in self.couplings}
+        self.sisters = self._find_sisters()
+        self.rows_of_sisters: dict[tuple[int, ...], dict[int, Order | None] | None] = {}
         self.pulled_from = {
             name: [j for j in self.couplings if not self.sites(name).isdisjoint(self.below[j])] for name in wanted
         }
         self.hooked = self._find_hooked()
         self.entries = {name: sum(self.width[j] for j in above) for name, above in self.pulled_from.items()}
+
+    def _find_sisters(self) -> list[list[int]]:
+        found: dict[tuple, list[int]] = {}
+        for j in self.couplings:
+            site, alone = self._trace.sites[j], self.direct[j] is not None or not self.below[j]
+            alike = (site.name, site.coupling.statistics.shape, site.upstream)
+            found.setdefault((j,) if alone else alike, []).append(j)
+        return sorted(found.values())
 
     def _find_hooked(self) -> set[int]:
         found: set[int] = set()

@@ -47,7 +47,7 @@ class Influence(Procedure):
         if self._direction is not None:
             return 2
         structure = engine.structure
-        directions = sum(structure.width[j] for j, below in structure.below.items() if below)
+        directions = sum(structure.width[j] for j, *_ in structure.sisters if structure.below[j])
         return 1 + directions + sum(structure.width.values()) if self._cut(engine) else self._batch.samples
 
     def _cut(self, engine: Engine) -> bool:
@@ -205,8 +205,8 @@ def _once_only(error: Exception) -> RuntimeError:
 def _less_weighting(a: Tensor, d: Tensor, share: Tensor) -> None:
     """From what a sample sends into the statistics to α, in place.
 
-    α_v = a_v - s_n λ_v and α_mean = a_mean - s_n λ_mean - 2 λ_v d[n, mean] / N, ``[n, 1, R]``, with the share s_n of the
-    rows that are n's; they sum to zero.
+    α_v = a_v - s_n λ_v and α_mean = a_mean - s_n λ_mean - 2 λ_v d[n, mean] / N, ``[n, 1, R]``, with n's share s_n of
+    the rows; they sum to zero.
     """
     channels = a.shape[2] // 2
     received = a.sum(0)[0]  # λ [R]
