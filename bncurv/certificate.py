@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge
 from bncurv.graph import Trace
 from bncurv.order import Order
 from bncurv.precision import COUPLED
-from bncurv.probes import loudness, power_of_two
+from bncurv.probes import loudness, pattern, power_of_two
 
 BASE = 32
 Gradients = list[Tensor | None]
@@ -165,15 +165,23 @@ def find_mixing(
     """
     if trace.ungated:
         return trace.ungated[0]
-    samples = len(u)
-    modules = [(name, edge) for name, shape, edge in trace.modules if shape and shape[0] and shape[0] % samples == 0]
-    edges, name = [edge for _, edge in modules], "behind the last one"
-    bad = unowned(lambda v: pull(v, edges), u, pull(u, edges), {}, samples)[0] if edges else set()
-    after = max(bad, default=-1) + 1
-    if not bad:
-        name = f"'{trace.sites[max(mixed)].name}'"
-    elif after < len(modules):
-        name = f"'{modules[after][0]}'"
+    samples, sites = len(u), [site.edge for site in trace.sites]
+    modules = [(m, shape, edge) for m, shape, edge in trace.modules if shape and shape[0] and shape[0] % samples == 0]
+    edges = [edge for *_, edge in modules]
+    plain = pull(u, edges)
+    mixed_there = leaking(lambda v: pull(v, edges), u, plain, samples)
+    name = f"'{trace.sites[max(mixed)].name}'"
+    for i, (module, shape, edge) in enumerate(modules):
+        if i in mixed_there:
+            continue
+
+        def from_here(v: Tensor, edge: GradientEdge = edge) -> Gradients:
+            return list(torch.autograd.grad(edge, sites, v, retain_graph=True, allow_unused=True))
+
+        v = pattern(shape, u)
+        if unowned(from_here, v, from_here(v), {}, samples)[0]:
+            name = f"'{module}'"
+            break
     return f"the samples of the batch are mixed in or before module {name}, other than by a known coupled layer."
 
 

@@ -410,6 +410,11 @@ class Expanded(Layer):
     def accepts(self, arguments):
         return False
 
+    def row_axes(self, arguments):
+        own = arguments["weight"].shape
+        leading = next((axis for axis, length in enumerate(own) if length > 1), len(own))
+        return max(1, len(arguments["shape"]) - len(own) + leading)
+
     def left(self, role, arguments, delta):
         shape = arguments["weight"].shape
         own = (1,) * (delta.dim() - 1 - len(shape)) + tuple(shape)  # the rows' axis first

@@ -7,7 +7,6 @@ They are marked as calls of the table (`Expanded`). θ may be computed from para
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -30,14 +29,6 @@ def name_of(func: Any) -> str:
     return getattr(func, "__name__", "").strip("_")
 
 
-def body_of(func: Any) -> FunctionType:
-    """A Python function of PyTorch that modes see as one call, to be run call by call."""
-    inside = {**func.__globals__, "has_torch_function": lambda tensors: False}
-    body = FunctionType(func.__code__, inside, func.__name__, func.__defaults__, func.__closure__)
-    body.__kwdefaults__ = func.__kwdefaults__
-    return body
-
-
 def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: Container[int], mark: Marker) -> Any:
     """Arguments of an elementwise function, with copies in place of the parameters that broadcast against data.
 
@@ -54,7 +45,7 @@ def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: C
     if len({t.dtype for t in tensors if t.is_floating_point()}) > 1:  # copies of a 0-d tensor would promote the others
         return args, kwargs
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    grows = [t for t in tensors if t.requires_grad and t.shape != shape and _leads(t.shape, shape)]
+    grows = [t for t in tensors if t.requires_grad and t.shape != shape]
     own = {id(t) for t in grows if _computed(t, learnt)}
     data = any(id(t) not in own and id(t) not in fixed and leaves_of(t, learnt) is None for t in tensors)
     if not own or not data:
@@ -63,9 +54,12 @@ def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: C
     def copies(t: Any) -> Any:
         if id(t) not in own:
             return t
-        rows = t.expand(shape)
+        axis = _repeated(t.shape, shape)
+        if axis:  # copies along another axis than the first: as if it were the first
+            t = t.view((1,) * (len(shape) - t.dim()) + t.shape).movedim(axis, 0)
+        rows = t.expand(*shape[axis : axis + 1], *shape[:axis], *shape[axis + 1 :])
         mark(rows, t)
-        return rows
+        return rows.movedim(0, axis)
 
     return tuple(copies(a) for a in args), {key: copies(a) for key, a in kwargs.items()}
 
@@ -75,6 +69,12 @@ def copied(output: Any, t: Any, learnt: Container[int], mark: Marker) -> None:
     if isinstance(output, Tensor) and isinstance(t, Tensor) and output.requires_grad and output.shape != t.shape:
         if output.dim() and output.shape[0] > 1 and _leads(t.shape, output.shape) and _computed(t, learnt):
             mark(output, t)
+
+
+def _repeated(own: torch.Size, shape: torch.Size) -> int:
+    """The first axis of ``shape`` along which a tensor is repeated."""
+    padded = (1,) * (len(shape) - len(own)) + tuple(own)
+    return next(axis for axis, (a, b) in enumerate(zip(padded, shape, strict=True)) if a != b)
 
 
 def _leads(own: torch.Size, shape: torch.Size) -> bool:

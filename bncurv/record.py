@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -26,9 +27,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from bncurv.batchnorm import batch_norm
+from bncurv.bodies import ALWAYS, WITH_PARAMETERS
 from bncurv.eager import release, run_eagerly
 from bncurv.gate import COUPLED, Coupling, Gates, recoupled
-from bncurv.layers import EXPANDED, LAYERS, BatchNormTrain, Layer
+from bncurv.layers import EXPANDED, LAYERS, BatchNormTrain, Layer, MatMul
 from bncurv.marks import (
     HOOKED,
     LOWERED,
@@ -44,7 +46,7 @@ from bncurv.marks import (
     metadata,
     plain_tensor,
 )
-from bncurv.meeting import ELEMENTWISE, EXPANDING, body_of, copied, name_of, spread
+from bncurv.meeting import ELEMENTWISE, EXPANDING, copied, name_of, spread
 
 HALF = (torch.float16, torch.bfloat16)
 _TRAIN = BatchNormTrain()
@@ -75,6 +77,15 @@ def _plain_wanted(x: Tensor, *affine: Tensor | None) -> str | None:
     if any(unpack_dual(t).tangent is not None for t in (x, *affine) if t is not None):
         return "forward-mode differentiation"
     return "torch.utils.checkpoint" if _checkpointing() else None
+
+
+def tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
+    """Arguments that are tensors, and those in lists of arguments."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, list | tuple):
+            yield from tensors_in(a)
 
 
 class Recorder(TorchFunctionMode):
@@ -173,6 +184,8 @@ class Recorder(TorchFunctionMode):
         if layer is None:
             return self._meet(func, args, kwargs)
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        if isinstance(layer, MatMul) and not (layer.accepts(arguments) and self._made(arguments["weight"])):
+            return self._meet(func, args, kwargs)  # by einsum, where it has a parameter elsewhere
         coupled = func is nnf.batch_norm and arguments.get("training", False) and not self._alone(arguments["input"])
         affine = (arguments.get("weight"), arguments.get("bias"))
         reason = _plain_wanted(arguments["input"], *affine) if coupled else None
@@ -196,16 +209,33 @@ class Recorder(TorchFunctionMode):
 
     def _meet(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of no row of the table; parameters that meet data there are marked."""
-        name = name_of(func)
-        if func is nnf.multi_head_attention_forward and self._free():
+        name, body = name_of(func), self._body(func, args, kwargs)
+        if body is not None:
             with self._inside():
-                return body_of(func)(*args, **kwargs)
+                output = body(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         if name in ELEMENTWISE and self._free():
             args, kwargs = spread(args, kwargs, self._learnt, self._fixed, self._mark_copies)
         output = func(*args, **kwargs)
         if name in EXPANDING and self._free():
             copied(output, args[0], self._learnt, self._mark_copies)
         return output
+
+    def _body(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Callable | None:
+        """What is run in place of a function."""
+        always, some = ALWAYS.get(func), WITH_PARAMETERS.get(func)
+        if always is not None:
+            return always if self._free() else None
+        if some is None or not any(map(self._made, tensors_in((*args, *kwargs.values())))) or not self._free():
+            return None
+        return partial(some, lambda t: id(t) in self._fixed or self._made(t))
+
+    def _made(self, t: Any) -> bool:
+        """Whether a tensor is a parameter, or made from parameters alone."""
+        if not isinstance(t, Tensor) or not t.requires_grad:
+            return False
+        return id(t) in self._learnt or leaves_of(t, self._learnt) is not None
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -217,7 +247,7 @@ class Recorder(TorchFunctionMode):
             super().__exit__(None, None, None)
 
     def _mark_copies(self, rows: Tensor, p: Tensor) -> None:
-        self._mark(rows, EXPANDED, {"weight": p})
+        self._mark(rows, EXPANDED, {"weight": p, "shape": rows.shape})
 
     def _alone(self, *inputs: Tensor) -> bool:
         """Whether inputs are made from parameters alone: then a call is a part of what computes another parameter."""

@@ -1237,8 +1237,6 @@ COUPLED_UNKNOWN: list[Case] = [
     case("minus_mean", lambda: between(minus_mean), VECTORS, culprit="second"),
     case("minus_mean_early", lambda: between(minus_mean, then="act"), VECTORS, culprit="act"),
     case("minus_mean_last", lambda: between(minus_mean, then=""), VECTORS, culprit=""),
-    case("roll", lambda: between(rolled), VECTORS, culprit="second"),
-    case("roll_before_bn", lambda: between(rolled, then="bn"), VECTORS, culprit="bn"),
     case("minibatch_stddev", mixed_cnn, IMAGES, culprit="conv2"),
     case(
         "my_batch_norm_alone",
@@ -1337,10 +1335,12 @@ def checkpointed() -> nn.Module:
 RANDOM: list[Case] = [case("dropout", dropout_net, labelled(8, 4))]
 
 EXOTIC: list[Case] = [
+    case("roll", lambda: between(rolled), VECTORS),
+    case("roll_before_bn", lambda: between(rolled, then="bn"), VECTORS),
     case("detached_mean", detached_mean, VECTORS),
     case("unused_layer", unused_layer, VECTORS),
-    case("bilinear", bilinear_net, VECTORS, fallback=True),
-    case("lstm", lstm_net, labelled(5, 4, 3), fallback=True),
+    case("bilinear", bilinear_net, VECTORS),
+    case("lstm", lstm_net, labelled(5, 4, 3)),
     case("self_attention", transformer_net, labelled(5, 4, 3)),
     case("checkpoint", checkpointed, VECTORS),
 ]

@@ -198,6 +198,7 @@ def distances(x: Tensor, **options: Any) -> Tensor:
 
 
 INSIDE: dict[str, Act] = {
+    "function_rolled": function(lambda g: g.roll(1, 0)),
     # hooks
     "hook_factor": hook(lambda g: 0.1 * g),
     "hook_sign": hook(lambda g: -g),
@@ -269,7 +270,6 @@ MIXED: dict[str, Act] = {
     "sorted": lambda x: x.sort(0).values,
     "hook_centred": hook(centred),
     "before_centred": node_hook("before", centred),
-    "function_rolled": function(lambda g: g.roll(1, 0)),
     "loud_rolled": lambda x: loud(x, 1e8) + x.roll(1, 0),
 }
 

@@ -133,11 +133,15 @@ FAST: dict[str, Callable[[], nn.Module]] = {
         lambda net, h: torch.cat([net.cls.repeat(len(h), 2, 1), h], 1), cls=lambda: parameter(1, 1, 4)
     ),
     "maximum": rows(lambda net, h: torch.maximum(h, net.g - 0.7), g=lambda: parameter(4)),
+    "gate, time first": rows(lambda net, h: (h.transpose(0, 1) * net.g).transpose(0, 1), g=lambda: parameter(4)),
+    "table, time first": rows(lambda net, h: (h.transpose(0, 1) * net.g).transpose(0, 1),
+                              g=lambda: parameter(4, 1, 4)),
+    "table, samples last": rows(lambda net, h: (h.movedim(0, -1) * net.g).movedim(-1, 0), g=lambda: parameter(4, 4, 1)),
 }  # fmt: skip
 
 
 OUTSIDE, NO_SAMPLES = "used in a function that is no row of the layer table", "used on rows that are no samples"
-CAUSES = {"e.weight": NO_SAMPLES, "v": OUTSIDE, "t": OUTSIDE, "w": OUTSIDE, "g": OUTSIDE}
+CAUSES = {"e.weight": NO_SAMPLES, "v": OUTSIDE, "t": OUTSIDE}
 def filled(net: Net, h: Tensor) -> Tensor:
     return h.masked_fill(h > 0.5, net.v)
 
@@ -146,8 +150,6 @@ SLOW: dict[str, Callable[[], nn.Module]] = {  # exact, but these go the dense wa
     "e.weight": rows(lambda net, h: h + net.e(torch.arange(N) % 6)[:4], e=lambda: nn.Embedding(6, 4)),
     "v": rows(filled, v=lambda: parameter()),
     "t": rows(lambda net, h: torch.cat([net.t.repeat(len(h), 2, 1), h], 1), t=lambda: parameter(1, 2, 4)),
-    "w": rows(lambda net, h: h + torch.einsum("tu,nuc->ntc", net.w, h), w=lambda: parameter(4, 4)),
-    "g": rows(lambda net, h: (h.transpose(0, 1) * net.g).transpose(0, 1), g=lambda: parameter(4, 1, 4)),
 }
 
 

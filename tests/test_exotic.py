@@ -190,26 +190,26 @@ MORE = [
     *EXOTIC,
     case("numpy_function", lambda: functional(NumpySine.apply), VECTORS),
     case("clipped_function", lambda: functional(Clipped.apply), VECTORS),
-    case("gru", lambda: recurrent(nn.GRU, True), SEQUENCES, fallback=True),
-    case("lstm_time_first", lambda: recurrent(nn.LSTM, False), SEQUENCES, fallback=True),
-    case("lstm_cell", lstm_cell, VECTORS, fallback=True),
+    case("gru", lambda: recurrent(nn.GRU, True), SEQUENCES),
+    case("lstm_time_first", lambda: recurrent(nn.LSTM, False), SEQUENCES),
+    case("lstm_cell", lstm_cell, VECTORS),
     case("encoder_layer", encoder_layer, SEQUENCES),
-    case("embedding_bag", bag, tokens(6, 3), fallback=True),
+    case("embedding_bag", bag, tokens(6, 3)),
     case("rms_norm", lambda: sandwich(nn.RMSNorm(4)), VECTORS),
     case("spectral_norm", spectral, VECTORS),
-    case("experts", conditional, VECTORS, fallback=True),
+    case("experts", conditional, VECTORS),
     case("retain_grad", retained, VECTORS),
     case("tensor_hook", registered_hook, VECTORS),
     case("sorted", sorted_features, VECTORS),
     case("constant_part", multi_branch_out, VECTORS),
     case("pixel_shuffle", lambda: functional(shuffled), VECTORS),
     case("upsample", upsampled, IMAGES),
+    case("aten_batch_norm", batch_norm_by_hand, VECTORS),
+    case("masked_batch_norm", masked_batch_norm, labelled(4, 2, 3)),
 ]
 MIXED = [
     case("checkpointed_bn", lambda: checkpointed_bn(False), VECTORS),
     case("checkpointed_bn_and_bn", lambda: checkpointed_bn(True), VECTORS),
-    case("aten_batch_norm", batch_norm_by_hand, VECTORS),
-    case("masked_batch_norm", masked_batch_norm, labelled(4, 2, 3)),
 ]
 
 

@@ -399,10 +399,16 @@ def test_registered_layer_in_extend(one: Any, bilinear: None) -> None:
 
 
 def test_without_registration_there_is_a_warning() -> None:
-    model, loss_fn, X, y = BILINEAR[0].build()
-    with pytest.warns(SlowPathWarning, match="'mix.weight', 'mix.bias'.*register_layer"):
+    def forward(net: Any, x: Tensor) -> Tensor:
+        h = net.bn(net.first(x))
+        return net.out(torch.conv_tbc(h[None], net.w, net.b)[0].relu())
+
+    layers = {"first": nn.Linear(4, 5), "bn": nn.BatchNorm1d(5), "out": nn.Linear(3, 3)}
+    model = Net(forward, w=nn.Parameter(torch.randn(1, 5, 3)), b=nn.Parameter(torch.randn(3)), **layers).double()
+    X, y, loss_fn = torch.randn(6, 4).double(), torch.randint(3, (6,)), nn.CrossEntropyLoss()
+    with pytest.warns(SlowPathWarning, match="'w', 'b'.*register_layer"):
         res = curvature(model, loss_fn, (X, y), DiagGGNExact(), method="coupled")
-    assert_close(res.diag_ggn_exact, reference.ggn_diagonal(*BILINEAR[0].build()))
+    assert_close(res.diag_ggn_exact, reference.ggn_diagonal(model, loss_fn, X, y))
 
 
 # ------------------------------------------------------ traps: no samples where samples should be
