@@ -459,8 +459,8 @@ class Labelled(nn.Module):
         return self.net(x)[self.rows]
 
 
-@pytest.mark.filterwarnings("ignore::bncurv.SlowPathWarning")
-@pytest.mark.parametrize("method", ["auto", "dense"])
+@pytest.mark.filterwarnings("error::bncurv.SlowPathWarning")
+@pytest.mark.parametrize("method", ["auto", "coupled", "dense"])
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(None, None, 2), [5, 1, 2], slice(0, 1)], ids=str)
 def test_unlabelled_rows(rows: Any, method: str) -> None:
     one = case("", lambda: Labelled(rows), lambda: (torch.randn(8, 4), torch.randint(C, (8,))[rows]))
