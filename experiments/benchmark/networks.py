@@ -111,6 +111,79 @@ def wrn(classes: int, blocks: int = 2, widen: int = 2) -> nn.Module:
     return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), *head(c_in, classes))
 
 
+class AttentionBlock(nn.Module):
+    """Block of a vision transformer with BatchNorm over the features in front of attention and MLP, and LayerScale."""
+
+    def __init__(self, width: int, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.BatchNorm1d(width), nn.BatchNorm1d(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.gamma1, self.gamma2 = (nn.Parameter(torch.full((width,), 0.5)) for _ in range(2))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Softmax attention among the tokens of each image."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [n, head, token, d] each
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.gamma1 * self.attend(self.norm1(x.mT).mT)
+        return x + self.gamma2 * self.mlp(self.norm2(x.mT).mT)
+
+
+class Tokens(nn.Module):
+    """Patches of 2x2, a class token and a table of positions."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, 2, stride=2)
+        self.token = nn.Parameter(0.1 * torch.randn(1, 1, width))
+        self.position = nn.Parameter(0.1 * torch.randn(1, count + 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).mT
+        return torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+
+
+class First(nn.Module):
+    """The first token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
+def vit(classes: int, width: int = 24, depth: int = 2) -> nn.Module:
+    """Vision transformer with BatchNorm, for 1x8x8: 16 patches."""
+    blocks = [AttentionBlock(width) for _ in range(depth)]
+    return nn.Sequential(Tokens(width, 16), *blocks, First(), nn.BatchNorm1d(width), nn.Linear(width, classes))
+
+
+class ScaledBlock(nn.Module):
+    """Block of a ConvNeXt with BatchNorm: depthwise convolution, two pointwise ones, LayerScale, residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.BatchNorm2d(width),
+            nn.Conv2d(width, 4 * width, 1),
+            nn.GELU(),
+            nn.Conv2d(4 * width, width, 1),
+        )
+        self.gamma = nn.Parameter(torch.full((width, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.branch(x)
+
+
+def convnext(classes: int, width: int = 16, depth: int = 3) -> nn.Module:
+    """ConvNeXt-like network with LayerScale, for 1x8x8."""
+    stem = [nn.Conv2d(1, width, 2, stride=2), nn.BatchNorm2d(width)]
+    return nn.Sequential(*stem, *(ScaledBlock(width) for _ in range(depth)), *head(width, classes))
+
+
 @dataclass(frozen=True)
 class Network:
     """A network of the grid: how to build it, its input shape and its number of classes."""
@@ -135,6 +208,8 @@ NETWORKS = {
     "cnn": Network(cnn, (1, 8, 8), 10),
     "cnn-c100": Network(cnn, (1, 8, 8), 100),
     "vgg": Network(vgg, (1, 8, 8), 10),
+    "vit": Network(vit, (1, 8, 8), 10),
+    "convnext": Network(convnext, (1, 8, 8), 10),
     "resnet20": Network(_resnet20, IMAGE, 10),
     "resnet20-c100": Network(_resnet20, IMAGE, 100),
     "wrn16-2": Network(wrn, IMAGE, 10),
