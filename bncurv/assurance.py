@@ -20,7 +20,7 @@ from bncurv.agreement import Difference, Sum, differences, largest
 from bncurv.blocks import Correction, Source
 from bncurv.certificate import find_mixing, unowned
 from bncurv.graph import Trace
-from bncurv.layers import Embedding, Expanded
+from bncurv.layers.copies import Embedding, Expanded
 from bncurv.passes import Passes, vjp
 from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products

@@ -9,7 +9,7 @@ Glossary: one meaning per letter in the whole package.
     R, q      coupling directions: coordinates of the batch statistics; q also counts batched cotangents
     m         moments of a channel's statistics: mean, variance
     p         entries of one parameter;  D all of them
-    i, j      sites of the graph (layers.py: i, o features of a layer's input and output; losses.py: j columns of a t)
+    i, j      sites of the graph (layers/base.py: i, o features of a layer's input, output; losses.py: j columns of a t)
     u, δ      cotangents of the output; of a layer's output
     S         symmetric factor of the loss Hessian, S Sᵀ = ∇²_F L.  The scale of the loss' reduction (1/N of a mean)
               sits inside S and inside the gradient, nowhere else

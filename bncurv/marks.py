@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from bncurv.gate import Coupling
-from bncurv.layers import Layer
+from bncurv.layers.base import Layer
 from bncurv.order import Order, span
 
 # Notes in a node's metadata, besides what autograd keeps there

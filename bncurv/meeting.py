@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncurv.layers import Embedding
+from bncurv.layers.copies import Embedding
 from bncurv.marks import MARK, Mark, leaves_of, metadata
 
 ELEMENTWISE = frozenset(

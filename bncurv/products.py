@@ -1,6 +1,6 @@
 """From cotangents at the recorded calls to cotangents of their parameters: per sample, summed, squared and summed.
 
-Letters: heads of ``engine.py`` and ``layers.py``.
+Letters: heads of ``engine.py`` and ``layers/base.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from bncurv.blocks import Correction
 from bncurv.budget import RIGHT_BYTES, ROW_BYTES, chunks
 from bncurv.graph import Trace
-from bncurv.layers import Layer, Product
+from bncurv.layers.base import Layer, Product
 from bncurv.linearity import Verdict, examine
 from bncurv.order import Order, per_sample
 from bncurv.passes import vjp

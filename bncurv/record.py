@@ -30,7 +30,10 @@ from bncurv.batchnorm import batch_norm
 from bncurv.bodies import ALWAYS, WITH_PARAMETERS
 from bncurv.eager import release, run_eagerly
 from bncurv.gate import COUPLED, Coupling, Gates, recoupled
-from bncurv.layers import EXPANDED, LAYERS, BatchNormTrain, Layer, MatMul
+from bncurv.layers import EXPANDED, LAYERS
+from bncurv.layers.affine import BatchNormTrain
+from bncurv.layers.base import Layer
+from bncurv.layers.linear import MatMul
 from bncurv.marks import (
     HOOKED,
     LOWERED,

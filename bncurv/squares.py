@@ -1,6 +1,6 @@
 """Σ_k V[k]² of a linear layer's weight from its factors, without forming a row of V.
 
-With one position per sample, a row is a sum of products (letters: heads of ``engine.py`` and ``layers.py``)
+With one position per sample, a row is a sum of products (letters: heads of ``engine.py`` and ``layers/base.py``)
 
     V[(n, c), o, i] = δ[c, n, o] x[n, i]  +  Σ_q A[n, c, q] P[q, o, i]  +  Σ_m a[n, c, m, o] p[m, o, i]
 

@@ -50,7 +50,7 @@ def assert_pulled(layer: nn.Module, x: Tensor, channels: list[int]) -> None:
 @pytest.mark.parametrize("dims", CONV)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_convolutions(options, dims, small, monkeypatch):
-    monkeypatch.setattr("bncurv.convolution.SMALL_MAP", small * 10)
+    monkeypatch.setattr("bncurv.layers.windows.SMALL_MAP", small * 10)
     with float64(0):
         layer = CONV[dims](4, 8, **options)
         assert_pulled(layer, torch.randn(3, 4, *(8, 7, 9)[:dims]), [0, 5, 7, 5])

@@ -25,8 +25,10 @@ from bncurv import (
     reference,
     register_layer,
 )
-from bncurv.convolution import Geometry, windows
-from bncurv.layers import LAYERS, BatchNormTrain, Layer, Product
+from bncurv.layers import LAYERS, Layer
+from bncurv.layers.affine import BatchNormTrain
+from bncurv.layers.base import Product
+from bncurv.layers.windows import Geometry, windows
 
 N, Q = 3, 2
 
