@@ -26,6 +26,7 @@ from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
 from bncurv.shares import Weights
+from bncurv.slow import kinds_of
 from bncurv.twins import Twins
 from bncurv.undo import Undo, without_trace
 from bncurv.untouched import leave_as_is
@@ -165,8 +166,8 @@ def curvature(
             y, all_of_them = y.to(output.device), wanted | twins.others
             loss = LossAtBatch(of_output, output, y, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())
-            reads = partial(readable, model, X)
-            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=reads)
+            reads, kinds = partial(readable, model, X), partial(kinds_of, model)
+            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, kinds=kinds)
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
             merged.add(parts, weights.of(loss), engine.error)
             passes, way, largest = passes + engine.passes, engine.way, max(largest, len(y))

@@ -26,6 +26,7 @@ class Batch:
         memo: lives as long as the call: what the first mini-batch decides for all.
         generator: random numbers of the call, for quantities without a generator of their own (``None``: torch's
             global ones).
+        kinds: makes a list of the modules that the parameters belong to: their names and types, by parameter name.
         reads: makes a list of what the graph may read when it is run backward, by what a message calls it.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     memo: dict[str, Any] = field(default_factory=dict)
     generator: torch.Generator | None = None
     reads: Callable[[], Mapping[str, Tensor]] = dict
+    kinds: Callable[[], Mapping[str, tuple[str, str]]] = dict
 
     @property
     def samples(self) -> int:

@@ -39,7 +39,7 @@ from bncurv.costs import Costs
 from bncurv.directions import Directions
 from bncurv.passes import Passes
 from bncurv.products import Products
-from bncurv.slow import listed, warn_slow
+from bncurv.slow import warn_of_slow, warn_slow
 from bncurv.structure import Structure
 from bncurv.truncation import TruncatedDirections
 
@@ -112,6 +112,7 @@ class Engine:
         self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()))
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
+        self._kinds = batch.kinds
         self._causes = self._without_product()
         self.slow = list(self._causes)
         self.way = self._choose()
@@ -155,18 +156,8 @@ class Engine:
         return "dense" if problem else "coupled"
 
     def _warn(self, slow: list[str]) -> None:
-        by_cause: dict[str, list[str]] = {}
-        for name in slow:
-            by_cause.setdefault(self._causes[name], []).append(name)
-        causes = ", ".join(f"{listed(names)} ({cause})" for cause, names in by_cause.items())
-        without, all_of_them = self._columns + self._directions, self.samples * self._columns
-        them = "it" if len(slow) == 1 else "them"
-        spared = f" ({without} passes without {them}, {all_of_them} with {them})"
-        warn_slow(
-            f"No parameter product for {causes}: exact, but by one backward pass per component"
-            f"{spared if without < all_of_them else ''}. Leave out with params=..., or add the layer with "
-            "bncurv.register_layer."
-        )
+        causes = {name: self._causes[name] for name in slow}
+        warn_of_slow(causes, self._kinds(), self._columns + self._directions, self.samples * self._columns)
 
     @property
     def _directions(self) -> int:

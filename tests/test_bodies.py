@@ -189,3 +189,23 @@ def test_products_of_buffers_with_parameters_are_weights():
         warnings.simplefilter("error", SlowPathWarning)
         res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
     assert_exact(model, X, y, res)
+
+
+class Unknown(nn.Module):
+    """A layer in a function without a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.masked_fill(h > 0.5, self.w).masked_fill(h < -0.5, self.b)
+
+
+def test_many_slow_parameters_are_summarised_by_type_of_module():
+    layers = {f"u{i}": Unknown for i in range(4)}
+    forward = lambda net, h: net.u0(h) + net.u1(h) + net.u2(h) * net.u3(h)  # noqa: E731
+    model, X, y = problem("", {"": rows(forward, **layers)})
+    said = r"8 parameters of 4 Unknown \('u0.w', ...\) \(used in .*\(10 passes without them, 48 with them\)"
+    with pytest.warns(SlowPathWarning, match=said):
+        curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), method="coupled")
