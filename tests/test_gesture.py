@@ -428,11 +428,15 @@ def test_shallow_copies_are_refused_until_extended() -> None:
         loss_fn(model(X), y).backward()
 
 
-class Pairs(nn.Bilinear):
+class Filled(nn.Module):
     """A layer that is no row of the table."""
 
-    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(h, h)
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.masked_fill(h > 0.5, self.w)
 
 
 def user_line(model: nn.Module, loss_fn: nn.Module) -> None:
@@ -441,7 +445,7 @@ def user_line(model: nn.Module, loss_fn: nn.Module) -> None:
 
 def test_warnings_name_the_users_line() -> None:
     with float64(0):
-        model = extend(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), Pairs(3, 3, 3), nn.Linear(3, 2)))
+        model = extend(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), Filled(), nn.Linear(3, 2)))
     with backpack(DiagGGNExact()), pytest.warns(SlowPathWarning) as seen:
         user_line(model, extend(nn.MSELoss()))
     line = user_line.__code__.co_firstlineno + 1

@@ -315,6 +315,8 @@ VALUES_MIX = {  # batch statistics even in eval mode, or values (not derivatives
     "bare_bn",
     "functional_bn",
     "root_functional_bn",
+    "roll",  # moves samples
+    "roll_before_bn",
     "detached_mean",
 }
 
