@@ -13,7 +13,15 @@ from tqdm import tqdm
 
 from bncurv.batch import Merged, compute
 from bncurv.blocks import Batch
-from bncurv.checks import check_input, check_modules, check_options, check_output, check_quantities, dtype_of
+from bncurv.checks import (
+    check_input,
+    check_modules,
+    check_options,
+    check_output,
+    check_own,
+    check_quantities,
+    dtype_of,
+)
 from bncurv.chosen import Choice, select_parameters
 from bncurv.graph import trace
 from bncurv.heads import as_one
@@ -22,6 +30,8 @@ from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss, name_of
 from bncurv.lowrank.recorded import readable
 from bncurv.marks import plain_tensor
+from bncurv.nested import tensors
+from bncurv.placement import check_placement, device_of
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
@@ -145,6 +155,7 @@ def curvature(
     check_loss(loss_fn)
     selected = select_parameters(model, params)
     check_modules(model)
+    check_placement(model, selected)
 
     def run(undo: Undo) -> Results:
         merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
@@ -163,6 +174,7 @@ def curvature(
                 X, y = twins.data((X, y))
                 output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
                 twins.check(output)
+                check_own(output, wanted, [*model.parameters(), *tensors(X)])
             y, all_of_them = y.to(output.device), wanted | twins.others
             loss = LossAtBatch(of_output, output, y, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())
@@ -188,11 +200,11 @@ def _forward(
     wanted: Mapping[str, Tensor],
     largest: int,
 ) -> tuple[Tensor, Callable, Tensor]:
-    """The model's output as one tensor, checked, the loss of that, and the target; X goes to the parameters' device."""
+    """The model's output as one tensor, checked, the loss of that, and the target; X goes to the model's device."""
     check_input(X)
     model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
     try:
-        output, y = output_and_target(model, X, y, forward, next(iter(wanted.values())).device)
+        output, y = output_and_target(model, X, y, forward, device_of(model))
     except ValueError as error:
         if y is None or not 0 < len(y) < largest:
             raise

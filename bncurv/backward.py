@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from bncurv.batch import compute
 from bncurv.blocks import Batch
-from bncurv.checks import check_output, check_quantities
+from bncurv.checks import check_output, check_own, check_quantities
 from bncurv.composed import check_multiple, expect_gradient
 from bncurv.context import active, foreign, ran
 from bncurv.graph import trace
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss
+from bncurv.placement import check_around, check_placement
 from bncurv.quantities import Quantity
 from bncurv.recording import Recording, behind
 from bncurv.sampling import generator_of_call
@@ -75,7 +76,12 @@ def run(call: LossCall, g: Tensor) -> None:
     recordings, retained = behind(call.output)
     _check_models(recordings, loss, quantity)
     wanted = _parameters(recordings)
+    for recording in recordings:
+        check_around(recording.around)
+    for model in _models(recordings):
+        check_placement(model, wanted)
     check_output(call.output, call.target, wanted)
+    check_own(call.output, wanted, (p for model in _models(recordings) for p in model.parameters()))
     check_loss(call.loss_fn)
     if g.numel() != 1:
         raise ValueError(f"{loss} returned shape {tuple(g.shape)}; expected a scalar loss.")

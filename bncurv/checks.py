@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bncurv.graph import Trace
+from bncurv.graph import Trace, leaves
 from bncurv.quantities import Quantity
 from bncurv.slow import listed
 
@@ -65,6 +65,8 @@ def check_input(X: Any) -> None:
         for part in X.values() if isinstance(X, Mapping) else X:
             check_input(part)
     elif isinstance(X, Tensor):
+        if X.is_meta:
+            raise ValueError(f"X of shape {tuple(X.shape)} is on the meta device: it has no values.")
         if X.numel() == 0:
             raise ValueError(f"the batch is empty: X has shape {tuple(X.shape)}; expected at least one sample.")
         if X.is_floating_point() and not bool(X.isfinite().all()):
@@ -99,6 +101,12 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = 
         )
     if n == 0:
         raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; expected N > 0 samples.")
+    device = next(iter(wanted.values())).device
+    if output.is_meta or output.device != device:
+        raise ValueError(
+            f"the model's output is on {output.device}, its parameters on {device}: curvature across devices is not "
+            "supported. Move the model and its input to one device."
+        )
     kinds = {str(p.dtype) for p in wanted.values()} | {str(output.dtype)}
     if kinds not in ({"torch.float32"}, {"torch.float64"}):
         raise TypeError(
@@ -136,6 +144,28 @@ def _line(output: Any, y: Any) -> str:
     """The ``forward=`` that may be meant."""
     key = next(iter(_tensors(output, y)), 0)
     return f"forward=lambda model, batch: (model(batch[0])[{key!r}], batch[1])"
+
+
+def check_own(output: Tensor, wanted: Mapping[str, Tensor], others: Iterable[Tensor]) -> None:
+    """Raise ValueError where other tensors take part in place of parameters.
+
+    Args:
+        output: the model's.
+        wanted: the parameters asked for, by name.
+        others: the input's tensors, and the model's other parameters.
+    """
+    known = {id(t) for t in others} | {id(p) for p in wanted.values()}
+    found = {id(t): t for t in leaves(output)}
+    strange = {t.shape for key, t in found.items() if key not in known}
+    idle = {name: p.shape for name, p in wanted.items() if id(p) not in found}
+    replaced = [name for name, shape in idle.items() if shape in strange]
+    if replaced or (strange and len(idle) == len(wanted)):
+        raise ValueError(
+            f"the output does not depend on parameter(s) {listed(replaced or idle)}, but on tensors that are none of "
+            f"the model's parameters, of shape {tuple(idle[replaced[0]] if replaced else strange.pop())} "
+            "(torch.func.functional_call with tensors of your own, parameters replaced during the forward pass?). Put "
+            "these into the model, e.g. by load_state_dict, or leave the parameters out with params=."
+        )
 
 
 def check_precision(trace: Trace) -> None:

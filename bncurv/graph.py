@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -133,3 +133,18 @@ def _take_notes(found: Trace, node: Node) -> None:
     foreign = isinstance(node, BackwardCFunction) and not getattr(node._forward_cls, "is_linear", False)
     if foreign or HOOKED in notes or RECOMPUTED in notes:
         found.plain = False
+
+
+def leaves(output: Tensor) -> Iterator[Tensor]:
+    """The leaves of a graph that need gradients."""
+    seen: set[Node] = set()
+    stack = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        stack.extend(below for below, _ in node.next_functions)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bncurv.losses import name_of
+from bncurv.nested import mapped
 
 Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -58,7 +59,7 @@ def _line(batch: Any) -> str:
     return "forward=lambda model, batch: (model(...), target)"
 
 
-def output_and_target(model: nn.Module, X: Any, y: Any, forward: Forward | None, device: torch.device) -> Any:
+def output_and_target(model: nn.Module, X: Any, y: Any, forward: Forward | None, device: torch.device | None) -> Any:
     """Run the model on a mini-batch, or ``forward`` with it.
 
     Raises:
@@ -111,10 +112,6 @@ def _binds(signature: inspect.Signature, *args: Any) -> bool:
     return True
 
 
-def _moved(X: Any, device: torch.device) -> Any:
-    """Tensors on the device, also those in plain containers."""
-    if isinstance(X, Tensor):
-        return X.to(device)
-    if type(X) in (tuple, list):
-        return type(X)(_moved(part, device) for part in X)
-    return {key: _moved(part, device) for key, part in X.items()} if type(X) is dict else X
+def _moved(X: Any, device: torch.device | None) -> Any:
+    """Tensors on the device, also those in containers."""
+    return X if device is None else mapped(lambda t: t.to(device), X)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 DEEPEST = 16  # levels of containers that are looked into; such as hold themselves end there
+
+
+def tensors(value: Any, depth: int = DEEPEST) -> Iterator[Tensor]:
+    """The tensors of a structure, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, tuple | list | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(part, depth - 1)
 
 
 def mapped(f: Callable[[Tensor], Any], value: Any, depth: int = DEEPEST) -> Any:

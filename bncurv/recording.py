@@ -15,6 +15,7 @@ from torch.autograd.graph import Node
 
 from bncurv.context import joins_backpack
 from bncurv.marks import MODEL, RETAINED, metadata
+from bncurv.placement import around
 from bncurv.record import Recorder
 from bncurv.undo import Undo, without_trace
 from bncurv.untouched import keep_modes
@@ -28,12 +29,14 @@ class Recording:
         model: the model, weakly.
         joined: whether BackPACK's hooks were on its modules.
         disabled: whether BackPACK's ``disable()`` was in force, so that nothing was recorded.
+        around: a caller that works with other processes.
         rests: whether backward hooks of its modules rest now.
     """
 
     model: weakref.ref[nn.Module]
     joined: bool
     disabled: bool
+    around: str | None
     rests: bool = False
 
 
@@ -43,7 +46,7 @@ def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
     forward = module._bncurv.plain(module)
     if Recorder.watches() or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    recording = Recording(weakref.ref(module), joins_backpack(module), not disable.should_store_io())
+    recording = Recording(weakref.ref(module), joins_backpack(module), not disable.should_store_io(), around())
     if recording.disabled:
         output = forward(*args, **kwargs)
     else:

@@ -277,7 +277,8 @@ def _twin(callee: Callee) -> Callee:
     """Float64 deep copy of a module without backward hooks; other callables as they are."""
     if not isinstance(callee, nn.Module):
         return callee
-    twin = copy.deepcopy(callee).double()
+    computed = [t for m in callee.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    twin = copy.deepcopy(callee, {id(t): t.detach() for t in computed}).double()  # e.g. of prune, computed again
     for module in twin.modules():  # e.g. BackPACK's, which would refuse in-place activations
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from bncurv.autocast import keep_off
+from bncurv.graph import leaves
 from bncurv.loss_calls import twin as twin_of_loss
 from bncurv.nested import mapped
 from bncurv.slow import listed
@@ -112,7 +112,7 @@ class Twins:
 
     def check(self, output: Tensor) -> None:
         """Raise TypeError where the output depends on an original."""
-        reached = {id(leaf) for leaf in _leaves(output)}
+        reached = {id(leaf) for leaf in leaves(output)}
         held = [name for name, p in self._originals.items() if id(p) in reached]
         if held:
             raise TypeError(
@@ -141,18 +141,3 @@ def _twin(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     twin = Tensor._make_subclass(type(t), data, t.requires_grad) if plain else nn.Parameter(data, t.requires_grad)
     vars(twin).update(vars(t))
     return twin
-
-
-def _leaves(output: Tensor) -> Iterator[Tensor]:
-    """The leaves of a graph that need gradients."""
-    seen: set[Node] = set()
-    stack = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            yield leaf
-        stack.extend(below for below, _ in node.next_functions)

@@ -168,7 +168,8 @@ def _memory(t: Tensor) -> list[Tensor]:
     if t.is_nested and t.layout == torch.strided:
         return list(t.unbind())
     if hasattr(t, "__tensor_flatten__"):
-        return [part for name in t.__tensor_flatten__()[0] for part in _memory(getattr(t, name))]
+        inside = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+        return [part for inner in inside if isinstance(inner, Tensor) for part in _memory(inner)]
     if t.layout == torch.sparse_coo:
         return [t._indices(), t._values()]
     if t.layout in (torch.sparse_csr, torch.sparse_bsr):

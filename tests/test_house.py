@@ -20,7 +20,7 @@ FLOORS = [
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
-    {"batch", "checks", "chosen", "inputs", "untouched", "twins"},
+    {"batch", "checks", "chosen", "inputs", "untouched", "twins", "placement"},
     {"recording", "context", "composed", "backward"},
     {"api", "extension"},
     {""},

@@ -95,11 +95,13 @@ def test_compiled_and_extended(order):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("part", ["linear", "batch_norm", "whole"])
+@pytest.mark.parametrize("part", ["linear", "batch_norm", "whole", "traced"])
 def test_scripted_modules_go_the_slow_way(part):
     model = mlp()
     if part == "whole":
         model = torch.jit.script(model)
+    elif part == "traced":
+        model = torch.jit.trace(model, batch()[0], check_trace=False)
     else:
         i = {"linear": 3, "batch_norm": 4}[part]
         model[i] = torch.jit.script(model[i])

@@ -1,0 +1,94 @@
+"""Where parameters live: with values, whole, on one device, in one process. What lives elsewhere is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bncurv.slow import listed
+
+_ALONE = "Compute on the plain module, in one process: nothing is reduced over several processes yet"
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of all parameters and buffers with values; ``None`` where there are several, or none."""
+    found = {t.device for t in chain(model.parameters(), model.buffers())} - {torch.device("meta")}
+    return found.pop() if len(found) == 1 else None
+
+
+def check_placement(model: nn.Module, wanted: Mapping[str, Tensor]) -> None:
+    """Raise TypeError/ValueError for models of which this process, or one device, holds a part only.
+
+    Args:
+        model: with all its modules.
+        wanted: the parameters asked for, by name.
+    """
+    for name, module in model.named_modules():
+        problem = _several_processes(module)
+        if problem:
+            raise TypeError(f"{f'module {name!r}, ' if name else ''}{problem}. {_ALONE}.")
+    bare = [name for name, p in wanted.items() if p.is_meta]
+    if bare:
+        raise ValueError(
+            f"parameter(s) {listed(bare)} are on the meta device: they have no values (never loaded, or kept elsewhere "
+            "by a library that offloads them). Load the model onto a device first: model.to_empty(device=...), then "
+            "load_state_dict, or from_pretrained without device_map."
+        )
+    parts = [name for name, p in wanted.items() if _is(p, "torch.distributed.tensor", "DTensor")]
+    if parts:
+        raise TypeError(
+            f"parameter(s) {listed(parts)} are DTensors (fully_shard, tensor parallelism): this process holds a part "
+            f"of each. {_ALONE} (torch.distributed.checkpoint.state_dict gives a full state dict)."
+        )
+    devices: dict[torch.device, str] = {}
+    for name, p in chain(((n, p) for n, p in model.named_parameters() if p.requires_grad), wanted.items()):
+        devices.setdefault(p.device, name)
+    if len(devices) > 1:
+        where = ", ".join(f"'{name}' on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"the model's parameters are on several devices ({where}); curvature across devices is not supported. Move "
+            "the model to one: model.to(device)."
+        )
+
+
+def _is(thing: Any, module: str, name: str) -> bool:
+    """Whether it is of a class of a module that may not have been imported."""
+    found = sys.modules.get(module)
+    return found is not None and isinstance(thing, getattr(found, name, ()))
+
+
+def _several_processes(module: Any) -> str | None:
+    """How a module needs other processes or devices."""
+    if _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+        return "FullyShardedDataParallel, keeps parameters in flat tensors of its own, spread over processes"
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+        return f"DataParallel, splits the batch over {len(module.device_ids)} devices"
+    if isinstance(module, nn.parallel.DistributedDataParallel) and _processes(module) > 1:
+        return f"DistributedDataParallel, averages the loss over {_processes(module)} processes"
+    if isinstance(module, nn.SyncBatchNorm) and (module.training or module.running_mean is None):
+        if _processes(module) > 1:
+            return f"SyncBatchNorm, shares its statistics with {_processes(module)} processes"
+    return None
+
+
+def _processes(module: Any) -> int:
+    """How many processes a module works with."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size(module.process_group)
+
+
+def around() -> str | None:
+    """The problem with the DistributedDataParallel that calls the module that is running now, if there is one."""
+    return _several_processes(getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None))
+
+
+def check_around(problem: str | None) -> None:
+    """Raise TypeError for a problem that `around` found."""
+    if problem:
+        raise TypeError(f"the extended model is called by {problem}. {_ALONE}.")
