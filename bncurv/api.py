@@ -14,6 +14,7 @@ from tqdm import tqdm
 from bncurv.batch import Merged, compute
 from bncurv.blocks import Batch
 from bncurv.checks import (
+    check_finite,
     check_input,
     check_modules,
     check_options,
@@ -30,7 +31,7 @@ from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss, name_of
 from bncurv.lowrank.recorded import readable
 from bncurv.marks import plain_tensor
-from bncurv.nested import tensors
+from bncurv.nested import moved, tensors
 from bncurv.placement import check_placement, device_of
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
@@ -109,8 +110,10 @@ def curvature(
             through output n. Forward hooks of the module take part; parameters of the loss are held constant, and no
             results are made for them.
         data: one batch ``(X, y)``, or an iterable of such pairs (a ``DataLoader``). Output and y have the batch first,
-            and equally many samples. X is the model's one argument; a tuple or list that cannot be is given as
-            ``model(*X)``, and a dictionary whose keys are names of the model's arguments as ``model(**X)``.
+            and equally many samples; y is a tensor, or a tuple, list or dict of tensors for a loss that takes it. X is
+            the model's one argument; a tuple or list that cannot be, by number or annotation, is given as
+            ``model(*X)`` (where both may be meant, an error asks), and a dictionary whose keys are names of the
+            model's arguments as ``model(**X)``.
             Several batches give the curvature of the loss of all their samples: a mean is weighted by what the loss
             divides by in each batch (samples, entries, class weights of the targets that count), sums are added.
             Without BatchNorm that is what one batch of all samples gives. With BatchNorm every mini-batch has its own
@@ -175,14 +178,14 @@ def curvature(
                 output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
                 twins.check(output)
                 check_own(output, wanted, [*model.parameters(), *tensors(X)])
-            y, all_of_them = y.to(output.device), wanted | twins.others
+            y, all_of_them = moved(y, output.device), wanted | twins.others
             loss = LossAtBatch(of_output, output, y, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())
             reads, kinds = partial(readable, model, X), partial(kinds_of, model)
             batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, kinds=kinds)
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
             merged.add(parts, weights.of(loss), engine.error)
-            passes, way, largest = passes + engine.passes, engine.way, max(largest, len(y))
+            passes, way, largest = passes + engine.passes, engine.way, max(largest, len(output))
             del output, loss, traced, batch, parts, engine
         return Results(merged.fields(), way, passes, merged.batches, merged.error)
 
@@ -199,19 +202,21 @@ def _forward(
     forward: Forward | None,
     wanted: Mapping[str, Tensor],
     largest: int,
-) -> tuple[Tensor, Callable, Tensor]:
+) -> tuple[Tensor, Callable, Any]:
     """The model's output as one tensor, checked, the loss of that, and the target; X goes to the model's device."""
-    check_input(X)
+    masks = check_input(X, "X" if forward is None else "batch")
     model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
     try:
         output, y = output_and_target(model, X, y, forward, device_of(model))
     except ValueError as error:
-        if y is None or not 0 < len(y) < largest:
+        count = next((len(t) for t in tensors((y, X)) if t.dim()), 0)
+        if not count < largest:
             raise
         raise ValueError(
-            f"{error} This is a mini-batch of {len(y)} sample(s) after one of {largest}: if it is too small, leave it "
-            "out with DataLoader(..., drop_last=True)."
+            f"{error} This is a mini-batch of {count or 'unknown'} sample(s) after one of {largest}: if it is too "
+            "small, leave it out with DataLoader(..., drop_last=True)."
         ) from error
     output, loss_fn = as_one(output, loss_fn)
     check_output(output, y, wanted, X)
+    check_finite(output, wanted, masks)
     return plain_tensor(output), loss_fn, y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bncurv.graph import Trace, leaves
+from bncurv.nested import named, tensors
 from bncurv.quantities import Quantity
 from bncurv.slow import listed
 
@@ -59,27 +61,47 @@ def check_modules(model: nn.Module) -> None:
             )
 
 
-def check_input(X: Any) -> None:
-    """Raise ValueError for an input that is empty or not finite."""
-    if isinstance(X, tuple | list | Mapping):
-        for part in X.values() if isinstance(X, Mapping) else X:
-            check_input(part)
-    elif isinstance(X, Tensor):
-        if X.is_meta:
-            raise ValueError(f"X of shape {tuple(X.shape)} is on the meta device: it has no values.")
-        if X.numel() == 0:
-            raise ValueError(f"the batch is empty: X has shape {tuple(X.shape)}; expected at least one sample.")
-        if X.is_floating_point() and not bool(X.isfinite().all()):
-            bad = (~X.isfinite()).reshape(len(X), -1).any(1).nonzero().flatten().tolist()
-            raise ValueError(f"X has NaN or inf in sample(s) {bad[:5]}; curvature is undefined there. Remove them.")
+def check_input(X: Any, name: str = "X") -> list[str]:
+    """Raise ValueError for an input that is empty, without values, or not finite.
+
+    Returns:
+        Which of several parts hold -inf: additive attention masks may, if `check_finite` finds nothing.
+    """
+    masks = []
+    for part, t in named(name, X):
+        if t.is_meta:
+            raise ValueError(f"{part} of shape {tuple(t.shape)} is on the meta device: it has no values.")
+        if t.numel() == 0:
+            raise ValueError(f"the batch is empty: {part} has shape {tuple(t.shape)}; expected at least one sample.")
+        if t.layout != torch.strided or t.is_nested or not t.is_floating_point() or bool(t.isfinite().all()):
+            continue
+        if isinstance(X, Tensor) or not bool((t < math.inf).all()):  # NaN is not, too
+            bad = (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist() if t.dim() else [0]
+            raise ValueError(f"{part} has NaN or inf in sample(s) {bad[:5]}; there is no curvature there: remove them.")
+        masks.append(part)
+    return masks
 
 
-def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = None) -> None:
+def check_finite(output: Tensor, wanted: Mapping[str, Tensor], masks: list[str]) -> None:
+    """Raise ValueError where parts of the input that hold -inf leave no derivative."""
+    if not masks:
+        return
+    ones = torch.ones_like(output)
+    found = torch.autograd.grad(output, list(wanted.values()), ones, retain_graph=True, allow_unused=True)
+    bad = [name for name, g in zip(wanted, found, strict=True) if g is not None and not bool(g.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"{', '.join(masks)} has -inf, and with it the output has no derivative by {listed(bad)}: only what is "
+            "added to the logits of a softmax may have it. Use a large negative number instead."
+        )
+
+
+def check_output(output: Any, y: Any, wanted: Mapping[str, Tensor], X: Any = None) -> None:
     """Raise unless the model's output can be differentiated sample by sample.
 
     Args:
         output: what the model returned.
-        y: the targets.
+        y: the targets, a tensor or a structure of them.
         wanted: parameters by name.
         X: the input, where it is known, for messages.
 
@@ -92,14 +114,14 @@ def check_output(output: Any, y: Tensor, wanted: Mapping[str, Tensor], X: Any = 
             f"the model returns {type(output).__name__}{_parts(output, y)}; expected one tensor [N, ...]. Wrap the "
             f"model, or say which one the loss takes: {_line(output, y)}."
         )
-    n = y.shape[0] if y.dim() else 0
-    if output.dim() == 0 or output.shape[0] != n:
+    if output.dim() == 0 or output.shape[0] not in _lengths(y):
         given = f"X has shape {tuple(X.shape)}, " if isinstance(X, Tensor) else ""
+        shapes = " and ".join(f"{name} has shape {tuple(t.shape)}" for name, t in named("y", y))
         raise ValueError(
-            f"{given}the model's output has shape {tuple(output.shape)} and y has shape {tuple(y.shape)}; expected the "
-            "batch first and of equal length in output and y."
+            f"{given}the model's output has shape {tuple(output.shape)} and {shapes}; expected the batch first and of "
+            "equal length in output and y."
         )
-    if n == 0:
+    if len(output) == 0:
         raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; expected N > 0 samples.")
     device = next(iter(wanted.values())).device
     if output.is_meta or output.device != device:
@@ -132,7 +154,12 @@ def _tensors(output: Any, y: Any) -> dict[Any, Tensor]:
     """The tensors of a structured output that have as many rows as the target, by key or position."""
     positions = enumerate(output if isinstance(output, tuple | list) else ())
     parts = output.items() if isinstance(output, Mapping) else positions
-    return {key: t for key, t in parts if isinstance(t, Tensor) and t.dim() and t.shape[0] == len(y)}
+    return {key: t for key, t in parts if isinstance(t, Tensor) and t.dim() and t.shape[0] in _lengths(y)}
+
+
+def _lengths(y: Any) -> set[int]:
+    """How many samples the targets may have."""
+    return {len(t) for t in tensors(y) if t.dim()}
 
 
 def _parts(output: Any, y: Any) -> str:

@@ -136,15 +136,18 @@ def _take_notes(found: Trace, node: Node) -> None:
 
 
 def leaves(output: Tensor) -> Iterator[Tensor]:
-    """The leaves of a graph that need gradients."""
+    """The leaves of a graph that need gradients, but for those that our gates put there."""
     seen: set[Node] = set()
+    gates: set[int] = set()  # each is met after the node that carries its mark
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
+        mark, leaf = metadata(node).get(MARK), getattr(node, "variable", None)
+        if mark and mark.coupling:
+            gates.add(id(mark.coupling.handle))
+        if leaf is not None and id(leaf) not in gates:
             yield leaf
         stack.extend(below for below, _ in node.next_functions)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bncurv.losses import name_of
-from bncurv.nested import mapped
+from bncurv.nested import moved, tensors
 
+_CONTAINERS = ("tuple", "list", "sequence", "iterable")  # words of annotations
 Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 
@@ -30,8 +31,10 @@ def batches(data: Any, forward: Forward | None = None) -> Iterator[tuple[Any, An
         one = isinstance(data, Tensor | Mapping | tuple) or not isinstance(data, Iterable)
         yield from ((batch, None) for batch in ([data] if one else data))
         return
-    if isinstance(data, tuple | list) and len(data) == 2 and any(isinstance(t, Tensor) for t in data):
-        data = [data]
+    if isinstance(data, tuple | list) and len(data) == 2:
+        several = isinstance(data[1], Mapping) and not isinstance(data[0], Mapping)
+        if several or any(isinstance(t, Tensor) for t in data):
+            data = [data]
     if isinstance(data, tuple) and len(data) > 2 and all(isinstance(t, Tensor) for t in data):
         data = [data]
     if not isinstance(data, Iterable):
@@ -42,8 +45,11 @@ def batches(data: Any, forward: Forward | None = None) -> Iterator[tuple[Any, An
                 f"data yields {type(pair).__name__}{_length(pair)}; expected pairs (X, y) with a tensor y. For other "
                 f"batches say what to do with one: {_line(pair)}."
             )
-        if not isinstance(pair[1], Tensor):
-            raise TypeError(f"y is {type(pair[1]).__name__}; expected a tensor, the second of a pair (X, y).")
+        if not any(True for _ in tensors(pair[1])):
+            raise TypeError(
+                f"y is {type(pair[1]).__name__}; expected a tensor, or a tuple, list or dict of tensors, the second of "
+                "a pair (X, y)."
+            )
         yield pair[0], pair[1]
 
 
@@ -63,19 +69,20 @@ def output_and_target(model: nn.Module, X: Any, y: Any, forward: Forward | None,
     """Run the model on a mini-batch, or ``forward`` with it.
 
     Raises:
-        TypeError: where ``forward`` returns anything but an output and a tensor.
+        TypeError: where ``forward`` returns anything but an output and targets, or X may be called in two ways.
     """
     if forward is None:
-        return _run(model, _moved(X, device)), y
+        return _run(model, moved(X, device)), y
     found = forward(model, dict(X) if type(X) is dict else X)  # it may take out what it has read
     if not (isinstance(found, tuple | list) and len(found) == 2):
         raise TypeError(
             f"forward {name_of(forward)} returned {type(found).__name__}{_length(found)}; expected a pair "
             "(output, target) of the model's output and what the loss compares it with."
         )
-    if not isinstance(found[1], Tensor):
+    if not any(True for _ in tensors(found[1])):
         raise TypeError(
-            f"forward {name_of(forward)} returned a target that is {type(found[1]).__name__}; expected a tensor."
+            f"forward {name_of(forward)} returned a target that is {type(found[1]).__name__}; expected a tensor, or a "
+            "tuple, list or dict of tensors."
         )
     return tuple(found)
 
@@ -88,9 +95,27 @@ def _run(model: nn.Module, X: Any) -> Any:
             return model(X)
         if isinstance(X, Mapping) and X and all(key in signature.parameters for key in X):
             return model(**X)
-        if not isinstance(X, Mapping) and not _binds(signature, X) and _binds(signature, *X):
+        if not isinstance(X, Mapping) and _is_several(signature, X):
             return model(*X)
     return model(X)
+
+
+def _is_several(signature: inspect.Signature, X: Any) -> bool:
+    """Whether a sequence is the model's arguments, and not the first one.
+
+    Raises:
+        TypeError: where it may be both.
+    """
+    if not _binds(signature, *X) or len(X) < 2 or not _binds(signature, X):
+        return not _binds(signature, X) and _binds(signature, *X)
+    first = next(iter(signature.parameters.values()))
+    says = str(first.annotation).lower()
+    if first.annotation is not first.empty and any(word in says for word in (*_CONTAINERS, "tensor")):
+        return not any(word in says for word in _CONTAINERS)
+    raise TypeError(
+        f"X is a {type(X).__name__} of {len(X)}, which forward{signature} may take as its arguments or as the first of "
+        "them. Say which: forward=lambda model, batch: (model(*batch[0]), batch[1]), or (model(batch[0]), batch[1])."
+    )
 
 
 def _signature(model: nn.Module) -> inspect.Signature | None:
@@ -110,8 +135,3 @@ def _binds(signature: inspect.Signature, *args: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _moved(X: Any, device: torch.device | None) -> Any:
-    """Tensors on the device, also those in containers."""
-    return X if device is None else mapped(lambda t: t.to(device), X)

@@ -34,7 +34,7 @@ class LossAtBatch:
     Args:
         loss_fn: a module or function of output and target.
         output: the model's output ``[N, ...]``.
-        target: the targets.
+        target: the targets, a tensor; a structure of them for a loss that takes it.
         scale: what the loss was multiplied by before ``backward()``.
         hooked: whether the loss module's forward hooks take part.
         empty_ok: whether a mean over no target at all is zero (one of several mini-batches) or an error.
@@ -55,7 +55,7 @@ class LossAtBatch:
         self,
         loss_fn: Any,
         output: Tensor,
-        target: Tensor,
+        target: Any,
         scale: float = 1.0,
         *,
         hooked: bool = False,
@@ -67,6 +67,11 @@ class LossAtBatch:
         loss_fn = as_module(loss_fn)
         self._loss_fn, self._scale, self._dtype, self._hooked = loss_fn, scale, output.dtype, hooked
         self._parameters = parameters or {}
+        if find_loss(loss_fn) and not isinstance(target, Tensor):
+            raise TypeError(
+                f"{self.name} takes a tensor as target and got {type(target).__name__}; say which of it: "
+                "forward=lambda model, batch: (model(...), batch[...])."
+            )
         own = plain_rule(loss_fn, hooked)
         self.plain, self.divisor, self._own = own is not None, None, own
         self._past: list[str] = []
@@ -83,7 +88,7 @@ class LossAtBatch:
             self._finite("value", value)
 
     # ---------------------------------------------------------------- gradient
-    def gradient_at(self, output: Tensor, target: Tensor) -> Tensor:
+    def gradient_at(self, output: Tensor, target: Any) -> Tensor:
         """∂L/∂F by autograd, at any output and target.
 
         Raises:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from bncurv.losses import PYTORCHS, Known, find_loss
+from bncurv.nested import mapped
 
 # What PyTorch runs for its own modules: their formulas are held against autograd by the tests, not at every use
 _VERIFIED = [(rule, module_class.forward) for module_class, rule in PYTORCHS.items()]
@@ -67,12 +68,8 @@ def callable_of(loss_fn: Any, hooked: bool) -> Callable:
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """A tensor, or those in tuples, lists and dicts, in another dtype if floating-point; everything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(cast(v, dtype) for v in value)
-    return {key: cast(v, dtype) for key, v in value.items()} if type(value) is dict else value
+    """A tensor, or those in containers, in another dtype if floating-point; everything else as it is."""
+    return mapped(lambda t: t.to(dtype) if dtype is not None and t.is_floating_point() else t, value)
 
 
 def twin(loss_fn: Any, dtype: torch.dtype | None = None) -> Any:

@@ -6,18 +6,24 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 DEEPEST = 16  # levels of containers that are looked into; such as hold themselves end there
 
 
-def tensors(value: Any, depth: int = DEEPEST) -> Iterator[Tensor]:
-    """The tensors of a structure, in order."""
+def named(name: str, value: Any, depth: int = DEEPEST) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a structure, in order, each with the expression that leads to it from ``name``."""
     if isinstance(value, Tensor):
-        yield value
+        yield name, value
     elif depth and isinstance(value, tuple | list | Mapping):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(part, depth - 1)
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from named(f"{name}[{key!r}]", part, depth - 1)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a structure, in order."""
+    return (t for _, t in named("", value))
 
 
 def mapped(f: Callable[[Tensor], Any], value: Any, depth: int = DEEPEST) -> Any:
@@ -33,6 +39,11 @@ def mapped(f: Callable[[Tensor], Any], value: Any, depth: int = DEEPEST) -> Any:
     found = {key: mapped(f, part, depth - 1) for key, part in entries.items()}
     changed = {key: part for key, part in found.items() if part is not entries[key]}
     return _with(value, found, changed) if changed else value
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """The structure with its tensors on a device, if there is one to go to."""
+    return value if device is None else mapped(lambda t: t.to(device), value)
 
 
 def _with(value: Any, found: dict[Any, Any], changed: dict[Any, Any]) -> Any:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bncurv.loss_at_batch import LossAtBatch
+from bncurv.nested import mapped, tensors
 from bncurv.precision import ulp
 
 
@@ -52,12 +54,12 @@ class Weights:
 
 def _relative(first: LossAtBatch, second: LossAtBatch) -> float | None:
     """Weight of the second mini-batch in units of the first one's."""
-    shapes = [tuple(t.shape[1:]) for t in (first.output, first.target, second.output, second.target)]
-    if shapes[:2] != shapes[2:]:
+    shapes, others = ([_shape(t) for t in tensors((loss.output, loss.target))] for loss in (first, second))
+    if shapes != others:
         raise ValueError(
             f"{first.name}: to see what mini-batches of it weigh, bncurv joins them, but output and target have the "
-            f"shapes [N, *{shapes[0]}], [N, *{shapes[1]}] in one and [N, *{shapes[2]}], [N, *{shapes[3]}] in another. "
-            "Pass mini-batches of equal shapes, or one at a time."
+            f"shapes {', '.join(shapes)} in one and {', '.join(others)} in another. Pass mini-batches of equal shapes, "
+            "or one at a time."
         )
     for shift in (0, 1):  # where the gradient vanishes, at the outputs of the neighbours instead
         one, two = (loss.output.roll(shift, 0) for loss in (first, second))
@@ -70,15 +72,32 @@ def _relative(first: LossAtBatch, second: LossAtBatch) -> float | None:
     )
 
 
-Known = tuple[Tensor, Tensor, Tensor]  # output, target, gradient there
+def _shape(t: Tensor) -> str:
+    return f"[N, *{tuple(t.shape[1:])}]" if t.dim() else "[]"
+
+
+def _joined(one: Any, two: Any, samples: tuple[int, int]) -> Any:
+    """Targets of two mini-batches as one; what has another length than they is the first one's."""
+    rest = tensors(two)
+
+    def join(t: Tensor) -> Tensor:
+        other = next(rest)
+        return torch.cat([t, other]) if t.dim() and (len(t), len(other)) == samples else t
+
+    return mapped(join, one)
+
+
+Known = tuple[Tensor, Any, Tensor]  # output, target, gradient there
 
 
 def _ratio(loss: LossAtBatch, first: Known, second: Known) -> float | None:
     """w₂ / w₁; ``None`` of a sum."""
     (one, y1, g1), (two, y2, g2) = first, second
-    b1, b2 = loss.gradient_at(torch.cat([one, two]), torch.cat([y1, y2])).split([len(one), len(two)])
+    sizes = len(one), len(two)
+    b1, b2 = loss.gradient_at(torch.cat([one, two]), _joined(y1, y2, sizes)).split(sizes)
     at, y, g = max(first, second, key=lambda known: float(known[2].norm()))
-    twice = loss.gradient_at(torch.cat([at, at]), torch.cat([y, y]))  # a mean and a sum differ here, whatever w is
+    target = _joined(y, y, (len(at), len(at)))
+    twice = loss.gradient_at(torch.cat([at, at]), target)  # a mean and a sum differ here, whatever w is
     if _agree([twice], [torch.cat([g, g])]) and _agree([b1, b2], [g1, g2]):
         return None
     s2 = _multiple(b2, g2, math.nan)

@@ -188,3 +188,111 @@ def test_quantized_modules_are_refused():
         curvature(model, loss, (torch.randn(6, 4), torch.randn(6, 2)), DiagGGNExact())
     with pytest.raises(TypeError, match=r"module '2' \(Linear\) is quantized"):
         extend(model)
+
+
+# ---------------------------------------------------------------------------- masks
+class Masked(nn.Module):
+    """Attention under an additive mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.o = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.t = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, u, mask=None):  # no annotations: a call with a pair may mean two things
+        h = self.n(self.a(u).flatten(0, 1)).unflatten(0, u.shape[:2])
+        return self.o(self.t(h, h, h, attn_mask=mask, need_weights=False)[0].mean(1))
+
+
+class Annotated(Masked):
+    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(u, mask)
+
+
+class Paired(Masked):
+    def forward(self, both: "tuple[Tensor, Tensor]", scale: float = 1.0) -> Tensor:
+        return super().forward(*both) * scale
+
+
+@pytest.fixture
+def masked() -> Any:
+    with float64(0):
+        model = Masked()
+        u, y, mask = torch.randn(N, 3, 4), torch.randn(N, 2), torch.full((3, 3), -torch.inf).triu(1)
+    fixed = Net(lambda net, x: net.m(x, mask), m=model)
+    want = reference.ggn_diagonal(fixed, loss, u, y)
+    return model, u, mask, y, {name.removeprefix("m."): t for name, t in want.items()}
+
+
+def test_minus_infinity_in_a_mask(masked):
+    """It is what additive masks hold; where it leaves no derivative, the part is named."""
+    model, u, mask, y, want = masked
+    assert_close(curvature(model, loss, ({"u": u, "mask": mask}, y), DiagGGNExact()).diag_ggn_exact, want)
+    batch = {"u": u, "mask": mask, "y": y}
+    got = curvature(model, loss, batch, DiagGGNExact(), forward=lambda m, b: (m(b["u"], b["mask"]), b["y"]))
+    assert_close(got.diag_ggn_exact, want)
+    scaled = Net(lambda net, X: net.m((X["u"] * net.s).exp().tanh()), m=model, s=nn.Parameter(torch.ones(4).double()))
+    u = u.index_fill(0, torch.tensor(1), -torch.inf)
+    with pytest.raises(ValueError, match=r"^X\['u'\] has -inf, .* no derivative by 's': only what is added to the log"):
+        curvature(scaled, loss, ({"u": u, "v": y}, y), DiagGGNExact())
+    with pytest.raises(ValueError, match=r"^batch\['mask'\] has NaN or inf in sample\(s\) \[0, 1\]"):
+        curvature(model, loss, batch | {"mask": -mask}, DiagGGNExact(), forward=lambda m, b: (m(b["u"]), b["y"]))
+    with pytest.raises(ValueError, match=r"^X has NaN or inf in sample\(s\) \[1\]"):
+        curvature(model, loss, (u, y), DiagGGNExact())
+
+
+def test_one_argument_or_several(masked):
+    """By the annotation of the first; without one, a pair that may be both is refused."""
+    model, u, mask, y, want = masked
+    with pytest.raises(TypeError, match=r"tuple of 2, which forward\(u, mask=None\) .*\(model\(\*batch\[0\]\), batch"):
+        curvature(model, loss, ((u, mask), y), DiagGGNExact())
+    for kind in (Annotated, Paired):
+        other = kind().double()
+        other.load_state_dict(model.state_dict())
+        assert_close(curvature(other, loss, ((u, mask), y), DiagGGNExact()).diag_ggn_exact, want)
+
+
+# ---------------------------------------------------------------------------- targets
+def both(outputs: dict[str, Tensor], target: dict[str, Any]) -> Tensor:
+    """Of two heads, for two targets, at a weight."""
+    return loss(outputs["a"], target["a"]) + target["w"][0] * loss(outputs["b"], target["b"][0])
+
+
+@pytest.mark.parametrize("bn", [True, False])
+def test_several_targets(two, bn):
+    """In a dictionary, by pairs and by forward; without coupling, batches give what their union gives."""
+    model, u, v, y, _ = two
+    model.n.train(bn)
+    heads = Net(lambda net, x: {"a": (h := net.m(x[:, :3], x[:, 3:])), "b": h.sin()}, m=model)
+    joined = Net(lambda net, x: torch.cat([h := net.m(x[:, :3], x[:, 3:]), h.sin()], 1), m=model)
+    X, w = torch.cat([u, v], 1), torch.tensor([2.0, 1.0]).double()
+    target = {"a": y, "b": [y.cos()], "w": w}
+    want = reference.ggn_diagonal(joined, lambda o, y: both({"a": o[:, :2], "b": o[:, 2:]}, target), X, y)
+    assert_close(curvature(heads, both, (X, target), DiagGGNExact()).diag_ggn_exact, want)
+    got = curvature(heads, both, {"x": X} | target, DiagGGNExact(), forward=lambda m, b: (m(b["x"]), b))
+    assert_close(got.diag_ggn_exact, want)
+    if not bn:
+        parts = [(X[at], {"a": y[at], "b": [y[at].cos()], "w": w}) for at in (slice(0, 4), slice(4, N))]
+        assert_close(curvature(heads, both, parts, DiagGGNExact()).diag_ggn_exact, want)
+
+
+def test_targets_that_are_refused(two):
+    model, u, v, y, _ = two
+    with pytest.raises(TypeError, match=r"MSELoss takes a tensor as target and got dict; say which of it: forward="):
+        curvature(model, loss, ((u, v), {"y": y}), DiagGGNExact())
+    with pytest.raises(TypeError, match="y is list; expected a tensor, or a tuple, list or dict of tensors, the sec"):
+        curvature(model, loss, [((u, v), [1, 2])], DiagGGNExact())
+    with pytest.raises(ValueError, match=r"output has shape \(9, 2\) and y\['y'\] has shape \(3, 2\); expected the"):
+        curvature(model, lambda o, t: loss(o[:3], t["y"]), ((u, v), {"y": y[:3]}), DiagGGNExact())
+
+
+def test_a_last_batch_that_is_too_small(two):
+    """Also where forward takes the batches apart."""
+    model, u, v, y, _ = two
+    loader = DataLoader(TensorDataset(u, v, y), 4)
+    with pytest.raises(ValueError, match="BatchNorm 'n'.* mini-batch of 1 sample.s. after one of 4: .*drop_last=True"):
+        curvature(model, loss, loader, DiagGGNExact(), forward=lambda m, b: (m(b[0], b[1]), b[2]))
+    hidden = [{"b": Output(torch.cat([u, v], 1)[at], y[at])} for at in (slice(0, 4), slice(8, 9))]
+    with pytest.raises(ValueError, match="mini-batch of unknown sample.s. after one of 4"):
+        forward = lambda m, b: (m(*b["b"].logits.split([3, 2], 1)), b["b"].hidden)  # noqa: E731
+        curvature(model, loss, hidden, DiagGGNExact(), forward=forward)

@@ -188,6 +188,14 @@ def test_functional_call_with_tensors_of_ones_own() -> None:
             loss_fn(*swapped("3.bias")(model, (X, y))).backward()
 
 
+def test_idle_parameters_are_no_matter() -> None:
+    """Also of the shape of something that bncurv puts on the graph, two numbers per channel of a BatchNorm."""
+    model = net()
+    model.idle = nn.Linear(5, 2, bias=False).double()
+    got = diagonal(Net(lambda net, x: net.m[:4](x), m=model), params="m.idle.weight")
+    assert not got["m.idle.weight"].any()
+
+
 def test_functional_call_with_parameters_of_the_model() -> None:
     """As they are, or computed from them: a network that makes another one's weight."""
     model = Net(
