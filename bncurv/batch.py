@@ -35,7 +35,7 @@ def compute(
     Returns:
         For each quantity's field its part, and the engine that made them.
     """
-    check_precision(batch.trace)
+    check_precision(batch.trace, batch.output)
     asked = {q.field: q.sources(batch) for q in quantities}
     sources = {key: source for wants in asked.values() for key, source in wants.items()}
     keep_own = any(q.coupled_only for q in quantities)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bncurv.graph import Trace, leaves
+from bncurv.graph import Trace, coarsest, leaves
 from bncurv.nested import named, tensors
+from bncurv.precision import ulp
 from bncurv.quantities import Quantity
-from bncurv.slow import listed
+from bncurv.slow import listed, user_level
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
@@ -77,7 +79,9 @@ def check_input(X: Any, name: str = "X") -> list[str]:
             continue
         if isinstance(X, Tensor) or not bool((t < math.inf).all()):  # NaN is not, too
             bad = (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist() if t.dim() else [0]
-            raise ValueError(f"{part} has NaN or inf in sample(s) {bad[:5]}; there is no curvature there: remove them.")
+            raise ValueError(
+                f"{part} has NaN or inf in sample(s) {bad[:5]}; curvature is undefined there. Remove them."
+            )
         masks.append(part)
     return masks
 
@@ -195,12 +199,26 @@ def check_own(output: Tensor, wanted: Mapping[str, Tensor], others: Iterable[Ten
         )
 
 
-def check_precision(trace: Trace) -> None:
-    """Raise TypeError where a part of the model computes in half precision.
+def check_precision(trace: Trace, output: Tensor) -> None:
+    """Raise TypeError where a part of the model computes in half precision; warn of single inside of double.
 
     Raises:
         TypeError: with the modules' names.
     """
+    dtype, operation, module = coarsest(output)
+    single, digits = ulp(torch.float32), ulp(dtype)
+    where = f"inside the model ({operation}{f' below the output of module {module!r}' if module else ''})"
+    if digits == single > ulp(output.dtype):
+        warnings.warn(
+            f"There are {dtype} numbers {where}, by a cast in its code: the results are float64 with the digits of "
+            "float32. Let the code follow x.dtype.",
+            stacklevel=user_level(),
+        )
+    if digits > single and not trace.lowered:
+        raise TypeError(
+            f"There are {dtype} numbers {where}, which lose the digits that curvature needs: autocast, or a cast in "
+            "the code, where only PyTorch sees it (scripted, exported). Use the module that this was made from."
+        )
     if trace.lowered:
         raise TypeError(
             f"Module(s) {listed(dict.fromkeys(trace.lowered))} compute in half precision inside the model (autocast, "

@@ -24,6 +24,7 @@ from bncurv.marks import (
     edges_below,
     metadata,
 )
+from bncurv.precision import ulp
 
 
 @dataclass
@@ -135,19 +136,40 @@ def _take_notes(found: Trace, node: Node) -> None:
         found.plain = False
 
 
+def edges(output: Tensor) -> Iterator[tuple[Node, int, str]]:
+    """All edges of a graph, from its output on: a node and which of its outputs, and a module whose output lies above.
+
+    A node comes before those that it depends on.
+    """
+    seen: set[tuple[Node, int]] = set()
+    stack = [(output.grad_fn, output.output_nr, "")]
+    while stack:
+        node, output_nr, module = stack.pop()
+        if node is None or (node, output_nr) in seen:
+            continue
+        seen.add((node, output_nr))
+        module = metadata(node).get(MODULE, (module,))[0]
+        yield node, output_nr, module
+        stack.extend((below, nr, module) for below, nr in node.next_functions)
+
+
 def leaves(output: Tensor) -> Iterator[Tensor]:
     """The leaves of a graph that need gradients, but for those that our gates put there."""
-    seen: set[Node] = set()
     gates: set[int] = set()  # each is met after the node that carries its mark
-    stack = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node, _, _ in edges(output):
         mark, leaf = metadata(node).get(MARK), getattr(node, "variable", None)
         if mark and mark.coupling:
             gates.add(id(mark.coupling.handle))
         if leaf is not None and id(leaf) not in gates:
             yield leaf
-        stack.extend(below for below, _ in node.next_functions)
+
+
+def coarsest(output: Tensor) -> tuple[torch.dtype, str, str]:
+    """The dtype of least precision in a graph, at which node (an operation), and the module above it."""
+    found = output.dtype, "", ""
+    for node, output_nr, module in edges(output):
+        dtype = node._input_metadata[output_nr].dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            if ulp(dtype) > ulp(found[0]) and getattr(node, "variable", None) is None:
+                found = dtype, node.name(), module
+    return found

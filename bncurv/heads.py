@@ -5,7 +5,7 @@ The loss takes the structure apart again. So its factor S covers all heads at on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bncurv.loss_calls import as_module
 from bncurv.losses import find_loss, name_of
+from bncurv.nested import mapped, tensors
 
 
 class OnHeads(nn.Module):
@@ -29,8 +30,8 @@ class OnHeads(nn.Module):
 
     def forward(self, output: Tensor, target: Any) -> Tensor:
         """The loss; ``output [N, E]``."""
-        heads = iter(output.split([t[0].numel() for t in _tensors(self._structure)], 1))
-        return self.loss_fn(_map(lambda t: next(heads).reshape(-1, *t.shape[1:]), self._structure), target)
+        heads = iter(output.split([t[0].numel() for t in tensors(self._structure)], 1))
+        return self.loss_fn(mapped(lambda t: next(heads).reshape(-1, *t.shape[1:]), self._structure), target)
 
 
 def as_one(output: Any, loss_fn: Callable) -> tuple[Any, Callable]:
@@ -42,7 +43,7 @@ def as_one(output: Any, loss_fn: Callable) -> tuple[Any, Callable]:
     pytorchs = find_loss(as_module(loss_fn)) or isinstance(loss_fn, nn.modules.loss._Loss)
     if pytorchs or not isinstance(output, tuple | list | Mapping):
         return output, loss_fn
-    heads = list(_tensors(output))
+    heads = list(tensors(output))
     if not heads or not all(t.is_floating_point() and t.dim() and len(t) == len(heads[0]) and len(t) for t in heads):
         kinds = [f"{tuple(t.shape)} ({str(t.dtype).removeprefix('torch.')})" for t in heads]
         raise TypeError(
@@ -50,27 +51,5 @@ def as_one(output: Any, loss_fn: Callable) -> tuple[Any, Callable]:
             "floating-point tensors [N, ...], each with the samples first. Wrap the model so that it returns what the "
             "loss needs, and no more."
         )
-    structure = _map(lambda t: t.detach(), output)
+    structure = mapped(lambda t: t.detach(), output)
     return torch.cat([t.flatten(1) if t.dim() > 1 else t[:, None] for t in heads], 1), OnHeads(loss_fn, structure)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a structure, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | Mapping):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-
-
-def _map(f: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The structure with ``f`` of its tensors, in order; what is no tensor stays."""
-    if isinstance(value, Tensor):
-        return f(value)
-    if isinstance(value, Mapping):
-        parts = {key: _map(f, part) for key, part in value.items()}
-        return parts if type(value) is dict else type(value)(**parts)
-    if isinstance(value, tuple | list):
-        several = [_map(f, part) for part in value]
-        return type(value)(*several) if hasattr(value, "_fields") else type(value)(several)
-    return value

@@ -1,13 +1,18 @@
-"""Tensors inside of tuples, lists and mappings: one rule for inputs, outputs, and what modules keep."""
+"""Tensors inside of containers: one rule for inputs, targets, outputs, and what modules keep.
+
+Containers are tuples, lists and mappings, with all their subclasses (named tuples, packed sequences, model outputs).
+Of objects of other kinds it is known what they hold, but not how to make them anew: they stay as they are.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 DEEPEST = 16  # levels of containers that are looked into; such as hold themselves end there
 
@@ -16,14 +21,26 @@ def named(name: str, value: Any, depth: int = DEEPEST) -> Iterator[tuple[str, Te
     """The tensors of a structure, in order, each with the expression that leads to it from ``name``."""
     if isinstance(value, Tensor):
         yield name, value
-    elif depth and isinstance(value, tuple | list | Mapping):
-        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+    elif depth:
+        for key, part in _entries(value):
             yield from named(f"{name}[{key!r}]", part, depth - 1)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors of a structure, in order."""
     return (t for _, t in named("", value))
+
+
+def held(value: Any, depth: int = 6, seen: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """The tensors that a structure or any other object holds, also in sets and as attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and id(value) not in seen and not isinstance(value, str | bytes | type | nn.Module):
+        inside: Iterable[Any] = getattr(value, "__dict__", {}).values()
+        if isinstance(value, Mapping | Sequence | Set):
+            inside = value.values() if isinstance(value, Mapping) else value
+        for part in inside:
+            yield from held(part, depth - 1, (*seen, id(value)))
 
 
 def mapped(f: Callable[[Tensor], Any], value: Any, depth: int = DEEPEST) -> Any:
@@ -33,12 +50,12 @@ def mapped(f: Callable[[Tensor], Any], value: Any, depth: int = DEEPEST) -> Any:
     """
     if isinstance(value, Tensor):
         return f(value)
-    if not depth or not isinstance(value, tuple | list | Mapping):
-        return value
-    entries = dict(value.items()) if isinstance(value, Mapping) else dict(enumerate(value))
+    entries = dict(_entries(value)) if depth else {}
+    if isinstance(value, PackedSequence):
+        entries.pop(1)  # how many steps go on: numbers for the CPU, of no dtype but their own
     found = {key: mapped(f, part, depth - 1) for key, part in entries.items()}
     changed = {key: part for key, part in found.items() if part is not entries[key]}
-    return _with(value, found, changed) if changed else value
+    return _with(value, changed) if changed else value
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -46,12 +63,20 @@ def moved(value: Any, device: torch.device | None) -> Any:
     return value if device is None else mapped(lambda t: t.to(device), value)
 
 
-def _with(value: Any, found: dict[Any, Any], changed: dict[Any, Any]) -> Any:
-    """The container with all these entries, of which some are new."""
-    if hasattr(value, "_fields"):
-        return type(value)(*found.values())
+def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Of a container, by key or position; of anything else, none."""
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, tuple | list) else ()
+
+
+def _with(value: Any, changed: dict[Any, Any]) -> Any:
+    """A container of the same kind with some entries changed."""
     if isinstance(value, tuple):
-        return type(value)(found.values())
+        parts = [changed.get(i, part) for i, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if not isinstance(value, list | MutableMapping):
+        return type(value)({**value, **changed})
     other = copy.copy(value)
     for key, part in changed.items():
         other[key] = part

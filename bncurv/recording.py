@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch.autograd.graph import Node
 
 from bncurv.context import joins_backpack
 from bncurv.marks import MODEL, RETAINED, metadata
+from bncurv.nested import held
 from bncurv.placement import around
 from bncurv.record import Recorder
 from bncurv.undo import Undo, without_trace
@@ -51,7 +52,7 @@ def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
     else:
         output = without_trace(partial(_watch, recording, module, partial(forward, *args, **kwargs)))
-    for t in _tensors(output):
+    for t in held(output):
         if t.grad_fn is not None:
             metadata(t.grad_fn)[MODEL] = recording
     return output
@@ -86,16 +87,6 @@ class _Resting:
 def _wake(table: dict[int, Any], entries: dict[int, Any]) -> None:
     """The module's own hooks again, those that are still there."""
     table.update({key: hook for key, hook in entries.items() if isinstance(table.get(key), _Resting)})
-
-
-def _tensors(output: Any, depth: int = 6, seen: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """The tensors in what a model returns: containers, and attributes of dataclasses and other objects."""
-    if isinstance(output, Tensor):
-        yield output
-    elif depth and id(output) not in seen and not isinstance(output, str | bytes | type | nn.Module):
-        inside = output.values() if isinstance(output, Mapping) else getattr(output, "__dict__", {}).values()
-        for part in output if isinstance(output, Sequence | Set) else inside:
-            yield from _tensors(part, depth - 1, (*seen, id(output)))
 
 
 def behind(output: Tensor) -> tuple[list[Recording], list[Tensor]]:

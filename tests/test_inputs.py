@@ -255,7 +255,7 @@ def test_one_argument_or_several(masked):
 # ---------------------------------------------------------------------------- targets
 def both(outputs: dict[str, Tensor], target: dict[str, Any]) -> Tensor:
     """Of two heads, for two targets, at a weight."""
-    return loss(outputs["a"], target["a"]) + target["w"][0] * loss(outputs["b"], target["b"][0])
+    return loss(outputs["a"], target["a"]) + target["w"].sum() * loss(outputs["b"], target["b"][0])
 
 
 @pytest.mark.parametrize("bn", [True, False])

@@ -199,20 +199,26 @@ class Masked(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.mask = nn.Linear(4, 3).double(), torch.rand(3).double()
+        self.layer, self.mask, self.more = nn.Linear(4, 3).double(), torch.rand(3).double(), [torch.rand(3).double()]
 
     def forward(self, x):
-        return self.layer(x["a"][0]).tanh() * self.mask * x["b"]
+        return self.layer(x["a"][0]).tanh() * self.mask * x["b"] * self.more[0]
 
 
-@pytest.mark.parametrize(
-    "part, what", [("mask", "attribute 'mask'"), ("b", r"the input\['b'\]"), ("a", r"the input\['a'\]\[0\]")]
-)
+PARTS = {
+    "mask": "attribute 'mask'",
+    "more": r"attribute 'more'\[0\]",
+    "b": r"the input\['b'\]",
+    "a": r"the input\['a'\]\[0\]",
+}
+
+
+@pytest.mark.parametrize("part, what", PARTS.items())
 def test_attributes_and_parts_of_the_input_are_noticed(part, what):
     model, ((X, y),) = Masked(), batches(12)
     X = {"a": [X], "b": torch.rand(12, 3).double()}
     ggn = free(model, [(X, y)])
-    {"mask": model.mask, "a": X["a"][0], "b": X["b"]}[part].data.mul_(2)
+    {"mask": model.mask, "more": model.more[0], "a": X["a"][0], "b": X["b"]}[part].data.mul_(2)
     with pytest.raises(RuntimeError, match=f"stale: {what} has changed"):
         ggn @ torch.ones(ggn.dim).double()
 

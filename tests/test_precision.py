@@ -259,6 +259,23 @@ def test_a_cast_in_the_code_is_refused() -> None:
         curvature(model, CE, (X, y), DiagGGNExact(), precision="float64")
 
 
+def test_single_precision_inside_double_is_told() -> None:
+    """Whether the model is in double precision, or asked to be."""
+    model = Net(lambda net, x: net.o(net.n(net.a(x)).float().tanh().to(x.dtype)), **dict(net().named_children()))
+    for options in ({}, {"precision": "float64"}):
+        data = (X.double(), y) if not options else (X, y)
+        with pytest.warns(UserWarning, match="torch.float32 numbers inside .*TanhBack.* output of module 'o'"):
+            curvature(model if options else copy.deepcopy(model).double(), CE, data, DiagGGNExact(), **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:No parameter product")
+def test_half_precision_that_only_pytorch_sees_is_refused() -> None:
+    """In a traced module, no call of the code comes by."""
+    model = torch.jit.trace(autocast(lambda net, x: net.o(net.n(net.a(x)))), X, check_trace=False)
+    with pytest.raises(TypeError, match="torch.bfloat16 numbers inside the model .*scripted, exported"):
+        curvature(model, CE, (X, y), DiagGGNExact())
+
+
 def test_parameters_that_are_reached_past_the_modules() -> None:
     """By a closure, by the loss."""
     model = net()

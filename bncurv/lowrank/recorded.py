@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from bncurv.marks import RECOMPUTED, metadata
+from bncurv.nested import named
 from bncurv.precision import full_precision
 
 _ADVICE = "Compute the curvature again; or use LowRankGGN(matrix_free=False), which holds V and does not go stale."
@@ -23,21 +24,15 @@ _ADVICE = "Compute the curvature again; or use LowRankGGN(matrix_free=False), wh
 
 def readable(model: nn.Module, X: Any) -> dict[str, Tensor]:
     """What a graph of ``model(X)`` may read, by what a message calls it."""
-    named: dict[str, Tensor] = {f"parameter '{name}'": p for name, p in model.named_parameters()}
-    named |= {f"buffer '{name}'": b for name, b in model.named_buffers()}
+    found: dict[str, Tensor] = {f"parameter '{name}'": p for name, p in model.named_parameters()}
+    found |= {f"buffer '{name}'": b for name, b in model.named_buffers()}
+    known = {id(t) for t in found.values()}
     for name, module in model.named_modules():
-        held = {f"{name}.{key}".lstrip("."): value for key, value in vars(module).items()}
-        named |= {f"attribute '{path}'": t for path, t in held.items() if isinstance(t, Tensor)}
-    return named | dict(_parts("the input", X))
-
-
-def _parts(name: str, X: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an input, by where they are."""
-    if isinstance(X, Tensor):
-        yield name, X
-    elif isinstance(X, Mapping | list | tuple):
-        for key, value in X.items() if isinstance(X, Mapping) else enumerate(X):
-            yield from _parts(f"{name}[{key!r}]", value)
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                path = f"attribute '{f'{name}.{key}'.lstrip('.')}'"
+                found |= {where: t for where, t in named(path, value) if id(t) not in known}
+    return found | dict(named("the input", X))
 
 
 class Recorded:
