@@ -4,15 +4,17 @@ import copy
 import warnings
 from typing import Any
 
+import kinds
 import pytest
 import torch
 from backpack import backpack
 from cases import Net, bn_twice, float64, mlp, residual_cnn, two_conv_cnn
+from test_dataloader import Bar
 from test_exact import assert_close
 from torch import Tensor, nn
 
 import bncurv
-from bncurv import ComponentGrad, InfluenceGrad, InfluenceProjection, curvature, extend, weighting
+from bncurv import ComponentGrad, InfluenceGrad, InfluenceProjection, SlowPathWarning, curvature, extend, weighting
 
 
 def weighted_batch_norm(bn: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -210,6 +212,17 @@ def test_passes(monkeypatch):
     assert passes(60) == 60
 
 
+@pytest.mark.parametrize("samples", [20, 200])
+@pytest.mark.parametrize("quantity", [InfluenceGrad(), InfluenceProjection({"0.weight": torch.ones(6, 4)})], ids=repr)
+def test_announced_passes(quantity, samples, monkeypatch):
+    """Those of either way, and of projections."""
+    monkeypatch.setattr("bncurv.api.tqdm", Bar)
+    Bar.made.clear()
+    data = torch.randn(samples, 4), torch.randint(3, (samples,))
+    res = curvature(mlp(4, 6, 5, 3), nn.CrossEntropyLoss(), data, quantity, progress=True)
+    assert Bar.made[0].total == res.passes
+
+
 def test_mini_batches():
     """Concatenated, and still the gradient of the mean over all samples."""
     with float64(0):
@@ -257,6 +270,16 @@ def test_wrong_cut_is_not_handed_out(monkeypatch):
     with float64(0):
         one = problem("mlp", 9, nn.CrossEntropyLoss())
         assert_close(curvature(*one[:2], one[2:], InfluenceGrad()).grad_influence, brute_force(*one))
+
+
+def test_faulty_rule_for_batches_of_double_passes():
+    """A function whose backward is right one by one only: the double passes go one by one."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), kinds.Inside("wrong_rule"), nn.Linear(3, 2))
+    with float64(0):
+        one = model.double(), nn.MSELoss(), torch.randn(5, 4), torch.randn(5, 2)
+        with pytest.warns(SlowPathWarning, match="differs from ordinary ones"):
+            found = curvature(*one[:2], one[2:], InfluenceGrad()).grad_influence
+        assert_close(found, brute_force(*one))
 
 
 # ---------------------------------------------------------------------------- refused
