@@ -1,5 +1,6 @@
 """Several mini-batches without coupling give what one batch of all samples gives, whatever the loss divides by."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncurv
-from bncurv import curvature, reference
+from bncurv import curvature, reference, shares
 from bncurv.batch import Merged
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import LOSSES, Loss
@@ -370,3 +371,25 @@ def test_many_batches_do_not_lose_digits(dtype: torch.dtype) -> None:
         for name, t in results.items():
             error = (got.fields[field][name].double() - t).norm() / t.norm()
             assert error < 20 * torch.finfo(dtype).eps, (field, name)
+
+
+# ---------------------------------------------------------------------------- down to rounding
+@pytest.mark.parametrize("off, agrees", [(1e-8, True), (1e-7, False)])
+def test_gradients_agree_relatively(off, agrees):
+    g = torch.ones(4, dtype=torch.float64)
+    assert shares._agree([g * (1 + off)], [g]) is agrees
+
+
+@pytest.mark.parametrize("off, agrees", [(1e-14, True), (1e-13, False)])
+def test_gradients_agree_down_to_the_rounding_of_the_largest(off, agrees):
+    g, nothing = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 0.0], dtype=torch.float64)
+    assert shares._agree([g, nothing + off], [g, nothing]) is agrees
+
+
+@pytest.mark.parametrize("first, weight", [(1e-15, math.inf), (1e-13, 1e13)])
+def test_weight_of_a_mini_batch_that_counts_next_to_nothing(first, weight):
+    """Class weights of 1e-15 in the first one: nothing of it is left beside the second."""
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([first, 1.0], dtype=torch.float64))
+    output = torch.tensor([[0.5, -0.5], [0.1, 0.3]], dtype=torch.float64)
+    one, two = (LossAtBatch(loss, output, torch.full((2,), c)) for c in (0, 1))
+    assert shares._relative(one, two) == pytest.approx(weight)
