@@ -44,13 +44,16 @@ def leave_as_is(undo: Undo, *roots: nn.Module) -> None:
 
 
 def keep_modes(undo: Undo) -> None:
-    """PyTorch's modes of this thread: gradients, function modes, function transforms."""
+    """PyTorch's modes of this thread: gradients, function modes and whether they act, function transforms."""
     grad, modes, depth = torch.is_grad_enabled(), _get_current_function_mode_stack(), _transforms()
+    deaf = torch._C._is_torch_function_all_disabled()
 
     def restore() -> None:
         while _transforms() > depth:
             torch._C._functorch.pop_dynamic_layer_stack()
         cast(Any, torch._C._functorch)._set_vmap_fallback_warning_enabled(True)
+        if torch._C._is_torch_function_all_disabled() and not deaf:  # Python 3.10 leaves `with` open after Ctrl-C there
+            torch._C.DisableTorchFunction().__exit__(None, None, None)
         if _get_current_function_mode_stack() != modes:
             while _get_current_function_mode_stack():
                 _pop_mode()

@@ -16,6 +16,7 @@ PRIVATE = {
     "torch._C._stash_obj_in_tls",
     "torch._C._functorch",  # its switch of the warning that vmap has no rule for an operation; transforms to leave
     "torch._C",  # DisableTorchFunction: the recorder's own reads do not come by its mode
+    "torch._C._is_torch_function_all_disabled",  # as DisableTorchFunction leaves it where Ctrl-C came inside
     "torch.ops.aten._unsafe_view",  # a linear layer's output that is no view: in-place operations leave its node
     "torch._batch_norm_impl_index",  # the kernels behind F.batch_norm, with the statistics that they found
     "torch.ops.aten._batch_norm_impl_index_backward",

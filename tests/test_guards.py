@@ -120,6 +120,18 @@ def test_modules_that_another_thread_runs() -> None:
         curvature(model, CE, (X, y), ComponentGrad())
 
 
+def test_function_modes_act_again() -> None:
+    """An interrupt may come where the recorder reads on its own."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        torch._C.DisableTorchFunction().__enter__()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        curvature(net(forward), CE, (X, y), ComponentGrad())
+    assert not torch._C._is_torch_function_all_disabled()
+
+
 def test_recorder_that_pytorch_holds_apart() -> None:
     """An interrupt may come while its function mode is off the stack."""
     recorder = Recorder(net())
