@@ -124,8 +124,9 @@ def curvature(
         params: the parameters to compute for: names, globs (``"layer1.*"``), modules, parameters, a predicate
             ``f(name, p) -> bool``, or an iterable of these; default: all that require grad.
         forward: ``f(model, batch) -> (output, target)``, for batches that are no pairs (X, y) and models that return
-            more than the loss takes. Then a tensor, mapping, tuple or object that is no iterable is one batch, and any
-            other iterable (a list, a ``DataLoader``) yields batches; f moves them to the model's device itself.
+            more than the loss takes. Then a tensor, tuple, object with ``keys`` (a mapping, a batch of graphs) or
+            object that is no iterable is one batch, and any other iterable (a list, a ``DataLoader``) yields batches;
+            f moves them to the model's device itself.
         method: ``"coupled"``: cut the graph at the batch statistics, cost linear in N. ``"dense"``: one backward pass
             per component, cost quadratic in N. ``"auto"``: the cheaper one by a cost estimate. All are exact.
         tol: largest relative tail of the coupling coefficients that the coupled way may drop (0: none, exact). Saves

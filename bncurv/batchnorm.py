@@ -87,7 +87,6 @@ class BatchNormCoupling(Coupling):
         sums = torch.stack([t.sum(1).flatten(2).sum(2) if t.dim() > 3 else t.sum(1) for t in both], 1)
         return (sums * self._factors).flatten(1), sums
 
-
     # ------------------------------------------------------------ on the graph: what depends on the layer's input
     def _centred(self) -> tuple[Tensor, Tensor]:
         """X - mean and v, differentiable."""

@@ -60,6 +60,24 @@ def embedding_bag(
     return total if mode == "sum" else total / number.clamp(min=1).unsqueeze(-1)
 
 
+def attention(
+    own: Own, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
+) -> Any:
+    """With a copy of the mask for every sample."""
+    shape = query.shape[:-1] + key.shape[-2:-1]
+    if attn_mask is None or attn_mask.shape == shape or not own(attn_mask):
+        return NotImplemented
+    return nnf.scaled_dot_product_attention(query, key, value, attn_mask.expand(shape), *rest, **options)
+
+
+def repeat(own: Own, t: Tensor, *sizes: Any) -> Any:
+    """``t.repeat(n, 1, ...)`` of a parameter with a first axis of its own, by a view of n copies."""
+    sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    if t.dim() != len(sizes) or not sizes or len(t) == 1 or any(n != 1 for n in sizes[1:]) or not own(t):
+        return NotImplemented
+    return t.expand(sizes[0], *t.shape).flatten(0, 1)
+
+
 def _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
     return nnf.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
@@ -98,6 +116,8 @@ WITH_PARAMETERS: dict[Callable, Callable] = {
     Tensor.__rmatmul__: rmatmul,
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), addmm),
     nnf.bilinear: bilinear,
+    nnf.scaled_dot_product_attention: attention,
+    Tensor.repeat: repeat,
     nnf.embedding_bag: embedding_bag,
     **{function: partial(recurrent, kind) for kind, function in _RECURRENT.items()},
     **{function: partial(cell, kind) for kind, function in _CELLS.items()},

@@ -90,11 +90,20 @@ def _contracted(x: Tensor, of_x: str, w: Tensor, of_w: str, output: str, rows: l
 
 def matmul(own: Own, a: Tensor, b: Tensor) -> Any:
     """As `einsum`."""
+    a, b = _squeezed(own, a, b.dim()), _squeezed(own, b, a.dim())
     left, right = "k" if a.dim() == 1 else "...mk", "k" if b.dim() == 1 else "...kn"
     output = "..." * (a.dim() > 1 or b.dim() > 1) + "m" * (a.dim() > 1) + "n" * (b.dim() > 1)
     if a.dim() > 1 and b.dim() == 1:
         left, output = "...k", "..."
     return einsum(own, f"{left},{right}->{output}", a, b)
+
+
+def _squeezed(own: Own, t: Tensor, axes: int) -> Tensor:
+    """What is the same for all samples without the axes of length one that stand for them, beside one of ``axes``."""
+    if not 2 < t.dim() <= axes or len(t) > 1 or not own(t):
+        return t
+    first = next((axis for axis, length in enumerate(t.shape[:-2]) if length > 1), t.dim() - 2)
+    return t.reshape(t.shape[first:])
 
 
 def rmatmul(own: Own, b: Tensor, a: Tensor) -> Any:

@@ -28,7 +28,7 @@ def batches(data: Any, forward: Forward | None = None) -> Iterator[tuple[Any, An
                 f"data is {'None' if data is None else 'a list of tensors'}; with forward=, a tuple or a mapping is "
                 "one batch and a list yields batches. Pass tuple(data) for one batch, iter(data) for many."
             )
-        one = isinstance(data, Tensor | Mapping | tuple) or not isinstance(data, Iterable)
+        one = isinstance(data, Tensor | tuple) or hasattr(data, "keys") or not isinstance(data, Iterable)
         yield from ((batch, None) for batch in ([data] if one else data))
         return
     if isinstance(data, tuple | list) and len(data) == 2:

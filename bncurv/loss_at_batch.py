@@ -98,9 +98,7 @@ class LossAtBatch:
             leaf = output.detach().requires_grad_()
             value = callable_of(self._loss_fn, self._hooked)(leaf.clone(), target)  # a clone may be changed in place
             self._scalar(value)
-            found = torch.autograd.grad(
-                value, [leaf, *self._parameters.values()], retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(value, [leaf, *self._parameters.values()], retain_graph=True, allow_unused=True)
         self._past = [name for name, direct in zip(self._parameters, found[1:], strict=True) if direct is not None]
         if found[0] is None:
             raise ValueError(f"{self.name} does not depend on the model's output, so it has no gradient.")

@@ -83,9 +83,7 @@ def twin(loss_fn: Any, dtype: torch.dtype | None = None) -> Any:
         return loss_fn
 
     def copied(entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: cast(t.detach().clone(), dtype) if isinstance(t, Tensor) else t for name, t in entries.items()
-        }
+        return {name: cast(t.detach().clone(), dtype) if isinstance(t, Tensor) else t for name, t in entries.items()}
 
     other = copy.copy(loss_fn)
     other.__dict__ |= copied(vars(loss_fn))

@@ -32,8 +32,16 @@ def metadata(node: Node) -> dict[str, Any]:
     return notes
 
 
-def leaves_of(t: Tensor, learnt: Container[int], most: int = 1000) -> list[Tensor] | None:
-    """The parameters (ids in ``learnt``) that a tensor is computed from, by operations that leave no mark.
+def leaves_of(
+    t: Tensor, learnt: Container[int], passed: list[Node] | None = None, most: int = 1000
+) -> list[Tensor] | None:
+    """The parameters that a tensor is computed from, by operations that leave no mark.
+
+    Args:
+        t: the tensor.
+        learnt: ids of the parameters.
+        passed: takes the nodes of calls on constants, which then count as such operations too.
+        most: nodes to look at.
 
     Returns:
         ``None`` if there is anything else on its graph: a marked call, a hook, another leaf, or too much of it.
@@ -49,7 +57,10 @@ def leaves_of(t: Tensor, learnt: Container[int], most: int = 1000) -> list[Tenso
             continue
         seen.add(node)
         notes, variable = metadata(node), getattr(node, "variable", None)
-        if MARK in notes or HOOKED in notes or len(seen) > most:
+        mark: Mark | None = notes.get(MARK)
+        if mark and passed is not None and mark.call and mark.call.constant:
+            passed.append(node)
+        elif mark or HOOKED in notes or len(seen) > most:
             return None
         if variable is not None:
             if id(variable) not in learnt:
@@ -84,6 +95,7 @@ class Call:
         output: shape of the output.
         versions: of the inputs, to tell later changes in place.
         below: where the inputs come from.
+        constant: whether the input is the same whatever the data are, as far as is known.
     """
 
     layer: Layer
@@ -95,6 +107,7 @@ class Call:
     below: list[GradientEdge]
     leaves: dict[str, list[Tensor]] = field(default_factory=dict)
     order: Order | None = None
+    constant: bool = False
 
     @property
     def rows(self) -> int:

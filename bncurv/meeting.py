@@ -1,7 +1,8 @@
 """Where parameters meet data: a parameter that broadcasts against the batch gets a copy for every row of it.
 
 The copies ``θ.expand(...)`` are a view, so they cost no memory; the cotangent of copy n is what sample n does to θ.
-They are marked as calls of the table (`Expanded`). θ may be computed from parameters (a view, a product of two).
+They are marked as calls of the table (`Expanded`). θ may be computed from parameters (a view, a product of two), also
+by layers of the table whose input is a constant (a table of relative positions): their rows are no samples'.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
+from bncurv.constants import CONSTANT, OWN
 from bncurv.layers.copies import Embedding
 from bncurv.marks import MARK, Mark, leaves_of, metadata
 
@@ -21,7 +24,7 @@ ELEMENTWISE = frozenset(
     "atan2".split()
 )
 EXPANDING = frozenset("expand expand_as broadcast_to repeat tile".split())
-Marker = Callable[[Tensor, Tensor], None]  # (copies, parameter)
+Marker = Callable[..., None]  # (copies, parameter[, whether constants are all that it meets])
 
 
 def name_of(func: Any) -> str:
@@ -29,15 +32,17 @@ def name_of(func: Any) -> str:
     return getattr(func, "__name__", "").strip("_")
 
 
-def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: Container[int], mark: Marker) -> Any:
+def spread(
+    args: tuple, kwargs: dict[str, Any], learnt: Container[int], source: Callable[[Tensor], int], mark: Marker
+) -> Any:
     """Arguments of an elementwise function, with copies in place of the parameters that broadcast against data.
 
     Args:
         args: its arguments.
         kwargs: those by name.
         learnt: ids of the parameters.
-        fixed: ids of tensors that belong to the model as they do (buffers).
-        mark: called with the copies and what they are copies of.
+        source: of a tensor, what went into it (``constants.py``).
+        mark: called with the copies, what they are copies of, and whether constants are all that they meet.
     """
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if len(tensors) < 2 or all(t.shape == tensors[0].shape for t in tensors):
@@ -46,9 +51,9 @@ def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: C
         return args, kwargs
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     grows = [t for t in tensors if t.requires_grad and t.shape != shape]
-    own = {id(t) for t in grows if _computed(t, learnt)}
-    data = any(id(t) not in own and id(t) not in fixed and leaves_of(t, learnt) is None for t in tensors)
-    if not own or not data:
+    own = {id(t) for t in grows if computed(t, learnt, _repeated(t.shape, shape) == 0)}
+    others = min((source(t) for t in tensors if id(t) not in own), default=OWN) if own else OWN
+    if others == OWN:
         return args, kwargs
 
     def copies(t: Any) -> Any:
@@ -58,7 +63,7 @@ def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: C
         if axis:  # copies along another axis than the first: as if it were the first
             t = t.view((1,) * (len(shape) - t.dim()) + t.shape).movedim(axis, 0)
         rows = t.expand(*shape[axis : axis + 1], *shape[:axis], *shape[axis + 1 :])
-        mark(rows, t)
+        mark(rows, t, others == CONSTANT)
         return rows.movedim(0, axis)
 
     return tuple(copies(a) for a in args), {key: copies(a) for key, a in kwargs.items()}
@@ -67,7 +72,7 @@ def spread(args: tuple, kwargs: dict[str, Any], learnt: Container[int], fixed: C
 def copied(output: Any, t: Any, learnt: Container[int], mark: Marker) -> None:
     """Mark the output of the model's own ``t.expand(...)`` of a parameter, where it makes rows."""
     if isinstance(output, Tensor) and isinstance(t, Tensor) and output.requires_grad and output.shape != t.shape:
-        if output.dim() and output.shape[0] > 1 and _leads(t.shape, output.shape) and _computed(t, learnt):
+        if output.dim() and output.shape[0] > 1 and _leads(t.shape, output.shape) and computed(t, learnt, True):
             mark(output, t)
 
 
@@ -83,10 +88,21 @@ def _leads(own: torch.Size, shape: torch.Size) -> bool:
     return first and all(a in (1, b) for a, b in zip(reversed(own), reversed(shape), strict=False))
 
 
-def _computed(t: Tensor, learnt: Container[int]) -> bool:
-    """Whether a tensor is a parameter or made from parameters alone; rows of a table are, where they are repeated."""
-    if t.grad_fn is not None:
+def computed(t: Tensor, learnt: Container[int], repeated: bool) -> bool:
+    """Whether a tensor is a parameter or made from parameters alone.
+
+    Args:
+        t: the tensor.
+        learnt: ids of the parameters.
+        repeated: whether it is the same for all samples. Then rows of a table, and what layers make of constants, are
+            no samples' after all, and lose their marks.
+    """
+    if repeated and t.grad_fn is not None:
         mark: Mark | None = metadata(t.grad_fn).get(MARK)
         if mark and mark.call and isinstance(mark.call.layer, Embedding):
-            del metadata(t.grad_fn)[MARK]  # they are no samples' after all
-    return leaves_of(t, learnt) is not None
+            del metadata(t.grad_fn)[MARK]
+    passed: list[Node] | None = [] if repeated else None
+    found = leaves_of(t, learnt, passed) is not None
+    for node in passed or () if found else ():
+        del metadata(node)[MARK]
+    return found

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from bncurv.batchnorm import batch_norm
 from bncurv.bodies import ALWAYS, WITH_PARAMETERS
+from bncurv.constants import CONSTANT, DATA, OWN, Constants
 from bncurv.eager import release, run_eagerly
 from bncurv.gate import COUPLED, Coupling, Gates, recoupled
 from bncurv.layers import EXPANDED, LAYERS
@@ -49,7 +50,7 @@ from bncurv.marks import (
     metadata,
     plain_tensor,
 )
-from bncurv.meeting import ELEMENTWISE, EXPANDING, copied, name_of, spread
+from bncurv.meeting import ELEMENTWISE, EXPANDING, computed, copied, name_of, spread
 
 HALF = (torch.float16, torch.bfloat16)
 _TRAIN = BatchNormTrain()
@@ -108,6 +109,7 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> Recorder:
         self._stack, self._gates, self._thread = [type(self._model).__name__], Gates(), threading.get_ident()
+        self._constants = Constants(self._model)
         register_module_forward_pre_hook(self._enter_module)
         register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
         run_eagerly(self)
@@ -172,11 +174,15 @@ class Recorder(TorchFunctionMode):
             metadata(args[0].grad_fn).setdefault(HOOKED, []).append(args[0].output_nr)
         output = self._run(func, args, kwargs)
         first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, Tensor) and first.grad_fn is not None:
+        if not isinstance(first, Tensor):
+            return output
+        if first.grad_fn is not None:
             if first.dtype in HALF:
                 metadata(first.grad_fn).setdefault(LOWERED, []).append(self._stack[-1])
             if _recomputes():
                 metadata(first.grad_fn)[RECOMPUTED] = True
+        elif not first.requires_grad:
+            self._constants.note(name_of(func), args, kwargs, output)
         return output
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -187,9 +193,11 @@ class Recorder(TorchFunctionMode):
         if layer is None:
             return self._meet(func, args, kwargs)
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
-        if isinstance(layer, MatMul) and not (layer.accepts(arguments) and self._made(arguments["weight"])):
+        if isinstance(layer, MatMul) and not (layer.accepts(arguments) and self._source(arguments["weight"]) == OWN):
             return self._meet(func, args, kwargs)  # by einsum, where it has a parameter elsewhere
-        coupled = func is nnf.batch_norm and arguments.get("training", False) and not self._alone(arguments["input"])
+        coupled = (
+            func is nnf.batch_norm and arguments.get("training", False) and self._source(arguments["input"]) != OWN
+        )
         affine = (arguments.get("weight"), arguments.get("bias"))
         reason = _plain_wanted(arguments["input"], *affine) if coupled else None
         if coupled and not reason:
@@ -219,7 +227,7 @@ class Recorder(TorchFunctionMode):
             if output is not NotImplemented:
                 return output
         if name in ELEMENTWISE and self._free():
-            args, kwargs = spread(args, kwargs, self._learnt, self._fixed, self._mark_copies)
+            args, kwargs = spread(args, kwargs, self._learnt, self._source, self._mark_copies)
         output = func(*args, **kwargs)
         if name in EXPANDING and self._free():
             copied(output, args[0], self._learnt, self._mark_copies)
@@ -230,15 +238,23 @@ class Recorder(TorchFunctionMode):
         always, some = ALWAYS.get(func), WITH_PARAMETERS.get(func)
         if always is not None:
             return always if self._free() else None
-        if some is None or not any(map(self._made, tensors_in((*args, *kwargs.values())))) or not self._free():
+        tensors = list(tensors_in((*args, *kwargs.values()))) if some else []
+        if some is None or not any(self._source(t) for t in tensors if t.requires_grad) or not self._free():
             return None
-        return partial(some, lambda t: id(t) in self._fixed or self._made(t))
+        axes = max(t.dim() for t in tensors) if len(tensors) > 1 else 0
 
-    def _made(self, t: Any) -> bool:
-        """Whether a tensor is a parameter, or made from parameters alone."""
-        if not isinstance(t, Tensor) or not t.requires_grad:
-            return False
-        return id(t) in self._learnt or leaves_of(t, self._learnt) is not None
+        def own(t: Tensor) -> bool:
+            repeated = axes == 0 or t.dim() < axes or t.shape[:1] == (1,)
+            return computed(t, self._learnt, repeated) if t.requires_grad else id(t) in self._fixed
+
+        return partial(some, own)
+
+    def _source(self, x: Tensor) -> int:
+        """Whether data, constants or parameters alone went into a tensor; buffers count as parameters."""
+        if not x.requires_grad:
+            return OWN if id(x) in self._fixed else CONSTANT if x in self._constants else DATA
+        passed: list[Node] = []
+        return DATA if leaves_of(x, self._learnt, passed) is None else CONSTANT if passed else OWN
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -249,13 +265,8 @@ class Recorder(TorchFunctionMode):
         finally:
             super().__exit__(None, None, None)
 
-    def _mark_copies(self, rows: Tensor, p: Tensor) -> None:
-        self._mark(rows, EXPANDED, {"weight": p, "shape": rows.shape})
-
-    def _alone(self, *inputs: Tensor) -> bool:
-        """Whether inputs are made from parameters alone: then a call is a part of what computes another parameter."""
-        own = (id(x) in self._fixed or (x.requires_grad and leaves_of(x, self._learnt) is not None) for x in inputs)
-        return bool(inputs) and all(own)
+    def _mark_copies(self, rows: Tensor, p: Tensor, constant: bool = False) -> None:
+        self._mark(rows, EXPANDED, {"weight": p, "shape": rows.shape}, constant=constant)
 
     def _retain_grad(self, x: Tensor) -> None:
         if self._private and x.requires_grad:
@@ -277,16 +288,24 @@ class Recorder(TorchFunctionMode):
             for role, combine in (("weight", torch.mul), ("bias", torch.add)):
                 p = affine[role]
                 both = (y,) if p is None else (y, p.view(axes))
-                both, _ = spread(both, {}, self._learnt, self._fixed, self._mark_copies)
+                both, _ = spread(both, {}, self._learnt, self._source, self._mark_copies)
                 y = y if p is None else combine(*both)
         return y if isinstance(y, kind) else y.as_subclass(kind)
 
-    def _mark(self, output: Tensor, layer: Layer, arguments: dict[str, Any], coupling: Coupling | None = None) -> None:
+    def _mark(
+        self,
+        output: Tensor,
+        layer: Layer,
+        arguments: dict[str, Any],
+        coupling: Coupling | None = None,
+        constant: bool = False,
+    ) -> None:
         given = {role: arguments.get(role) for role in layer.parameters}
         learnt = {role: p for role, p in given.items() if p is not None and p.requires_grad}
         if output.grad_fn is None or not (learnt or coupling):
             return
-        if not coupling and self._alone(*(arguments[key] for key in layer.inputs)):
+        sources = [DATA if coupling else self._source(arguments[key]) for key in layer.inputs]
+        if sources and min(sources) == OWN:  # a part of what computes another parameter
             return
         computed = {role: leaves_of(p, self._learnt) for role, p in learnt.items() if not p.is_leaf}
         leaves = {role: found for role, found in computed.items() if found is not None}
@@ -297,7 +316,8 @@ class Recorder(TorchFunctionMode):
         inputs = [arguments[key] for key in layer.inputs]
         below = [get_gradient_edge(x) for x in (*inputs, *others) if x.requires_grad]
         versions = [x._version for x in inputs]
-        call = (
-            Call(layer, self._stack[-1], arguments, learnt, output.shape, versions, below, leaves) if learnt else None
-        )
+        call = None
+        if learnt:
+            call = Call(layer, self._stack[-1], arguments, learnt, output.shape, versions, below, leaves)
+            call.constant = constant or bool(sources) and min(sources) == CONSTANT
         metadata(output.grad_fn)[MARK] = Mark(call, coupling, output.output_nr, len(output), tuple(below))

@@ -87,6 +87,15 @@ def token(net: Net, h: Tensor) -> Tensor:
     return torch.cat([net.cls.expand(len(h), -1, -1), h], 1) + net.pos
 
 
+def distances(tokens: int = 4) -> Tensor:
+    return torch.arange(tokens)[:, None] - torch.arange(tokens) + tokens - 1
+
+
+def heads(h: Tensor) -> Tensor:
+    """``[n, t, (h d)]`` → ``[(n h), t, d]`` of two heads."""
+    return h.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
+
+
 FAST: dict[str, Callable[[], nn.Module]] = {
     "weight norm": images(a=lambda: parametrizations.weight_norm(nn.Conv2d(2, 4, 3))),
     "spectral norm": images(a=lambda: parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)).eval()),
@@ -132,6 +141,34 @@ FAST: dict[str, Callable[[], nn.Module]] = {
     "token, repeated": rows(
         lambda net, h: torch.cat([net.cls.repeat(len(h), 2, 1), h], 1), cls=lambda: parameter(1, 1, 4)
     ),
+    "mask of attention": rows(
+        lambda net, h: nnf.scaled_dot_product_attention(h, h, h, net.b.mul(2)), b=lambda: parameter(4, 4)
+    ),
+    "mask of attention, by name": rows(
+        lambda net, h: nnf.scaled_dot_product_attention(attn_mask=net.b, query=h, value=h[:, 1:], key=h[:, 1:]),
+        b=lambda: parameter(1, 1, 3),
+    ),
+    "relative positions": rows(
+        lambda net, h: (h @ h.mT + net.e(distances()).permute(2, 0, 1).sum(0)[None]).softmax(-1) @ h,
+        e=lambda: nn.Embedding(7, 2),
+    ),
+    "positions by a layer": rows(
+        lambda net, h: h + net.p(torch.arange(4)[None, :, None].to(h.dtype).sin()).exp(), p=lambda: nn.Linear(1, 4)
+    ),
+    "positions that a module holds": rows(
+        lambda net, h: h @ net.p(net.table.to(h.dtype)).mT @ h, p=lambda: nn.Linear(2, 4),
+        table=lambda: torch.randn(1, 4, 2),
+    ),
+    "keys of heads, repeated": rows(
+        lambda net, h: torch.bmm(heads(h), net.k.exp().repeat(len(h), 1, 1)).view(len(h), 2, 4, 4).sum(1),
+        k=lambda: parameter(2, 2, 4),
+    ),
+    "slope of distances": rows(
+        lambda net, h: (h @ h.mT + (net.t * distances())[None]).softmax(-1) @ h, t=lambda: parameter(1)
+    ),
+    "token of the data": rows(lambda net, h: h + net.e((h[:, 0, :1] > 0).long()), e=lambda: nn.Embedding(2, 4)),
+    "table, sliced": rows(lambda net, h: h + net.e(torch.arange(N) % 6)[:4], e=lambda: nn.Embedding(6, 4)),
+    "matmul from the left": rows(lambda net, h: net.w @ h, w=lambda: parameter(5, 4)),
     "maximum": rows(lambda net, h: torch.maximum(h, net.g - 0.7), g=lambda: parameter(4)),
     "gate, time first": rows(lambda net, h: (h.transpose(0, 1) * net.g).transpose(0, 1), g=lambda: parameter(4)),
     "table, time first": rows(lambda net, h: (h.transpose(0, 1) * net.g).transpose(0, 1),
@@ -147,7 +184,7 @@ def filled(net: Net, h: Tensor) -> Tensor:
 
 
 SLOW: dict[str, Callable[[], nn.Module]] = {  # exact, but these go the dense way, with a warning by name; no others
-    "e.weight": rows(lambda net, h: h + net.e(torch.arange(N) % 6)[:4], e=lambda: nn.Embedding(6, 4)),
+    "e.weight": rows(lambda net, h: h + net.e((h[0, :, 0] > 0).long())[:4], e=lambda: nn.Embedding(6, 4)),
     "v": rows(filled, v=lambda: parameter()),
     "t": rows(lambda net, h: torch.cat([net.t.repeat(len(h), 2, 1), h], 1), t=lambda: parameter(1, 2, 4)),
 }

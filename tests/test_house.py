@@ -15,7 +15,7 @@ FLOORS = [
     {"undo", "slow", "turns", "eager", "autocast", "nested"},
     {"budget", "precision", "probes", "order", "gate", "batchnorm", "einsum", "recurrent", "layers", "factor", "losses",
      "loss_calls", "heads", "bodies"},
-    {"marks", "meeting", "record", "graph", "structure"},
+    {"constants", "marks", "meeting", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},

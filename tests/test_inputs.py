@@ -1,6 +1,7 @@
 """What comes in: several inputs, dictionaries, batches of any kind through ``forward``; parameters by any choice."""
 
 from collections import UserDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,21 @@ class Output:
 
     logits: Tensor
     hidden: Tensor
+
+
+@dataclass
+class Graphs:
+    """As PyTorch Geometric's batches: has keys and items, but is no mapping."""
+
+    u: Tensor
+    v: Tensor
+    y: Tensor
+
+    def keys(self) -> list[str]:
+        return ["u", "v", "y"]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(vars(self).items())
 
 
 class Whole(Two):
@@ -82,6 +98,7 @@ BATCHES = {
     "triple": (lambda u, v, y: (u, v, y), lambda m, b: (m(b[0], b[1]), b[2])),
     "dict": (lambda u, v, y: {"u": u, "v": v, "labels": y}, lambda m, b: (m(b["u"], b["v"]), b["labels"])),
     "UserDict": (lambda u, v, y: UserDict(u=u, v=v, labels=y), lambda m, b: (m(b["u"], b["v"]), b["labels"])),
+    "graphs": (lambda u, v, y: Graphs(u, v, y), lambda m, b: (m(b.u, b.v), b.y)),
     "object": (lambda u, v, y: Output(torch.cat([u, v], 1), y), lambda m, b: (m(*b.logits.split([3, 2], 1)), b.hidden)),
     "tensor": (lambda u, v, y: torch.cat([u, v, y], 1), lambda m, b: (m(b[:, :3], b[:, 3:5]), b[:, 5:])),
     "list of one": (lambda u, v, y: [(u, v, y)], lambda m, b: (m(b[0], b[1]), b[2])),
