@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo experiments test test-slow test-lowest test-newest lint bench notebooks clean
+.PHONY: help venv demo experiments test test-slow test-lowest test-newest lint bench zoo notebooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,10 @@ bench: venv ## the benchmark, e.g. make bench ARGS="--help"
 	$(PY) -m pip install $(PIP_FLAGS) -q -c $(CONSTRAINTS) -e ".[bench]"
 	$(PY) experiments/benchmark/run.py $(ARGS)
 
+zoo: ## public architectures with random weights: exact, and how fast? in .venv-zoo (minutes)
+	$(MAKE) venv VENV=.venv-zoo CONSTRAINTS=constraints-zoo.txt EXTRAS=zoo
+	.venv-zoo/bin/python experiments/zoo/run.py $(ARGS)
+
 notebooks: venv ## execute notebooks/*.ipynb in place
 	@$(PY) -c "$$EXECUTE" notebooks/*.ipynb
 
@@ -78,5 +82,5 @@ endef
 export EXECUTE
 
 clean: ## remove the environment, caches and what the experiments wrote
-	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
+	rm -rf .venv .venv-lowest .venv-newest .venv-zoo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ from bncurv.quantities import Quantity
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-MARKERS = ("<!-- exactness:", "<!-- bench:")
+MARKERS = ("<!-- exactness:", "<!-- bench:", "<!-- zoo:")
 
 matplotlib.use("Agg")
 

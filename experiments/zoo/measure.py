@@ -1,0 +1,193 @@
+"""One architecture: bncurv in float64 beside plain autograd, the passes of both, and what was slow."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bncurv import ComponentL2Grad, DiagGGNExact, SlowPathWarning, curvature, reference
+from bncurv.api import Results
+
+Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def call(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
+    """``forward=`` of a pair (X, y)."""
+    return model(batch[0]), batch[1]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A public model with random weights, and a small batch for it.
+
+    Attributes:
+        name: unique.
+        library: the package that it comes from.
+        build: the model.
+        batch: one batch for ``forward``.
+        forward: ``f(model, batch) -> (output, target)``, for the mean cross-entropy.
+        tolerance: largest relative error; above 1e-10 only where the model itself computes in float32.
+    """
+
+    name: str
+    library: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[], Any]
+    forward: Callable[[nn.Module, Any], tuple[Any, Tensor]] = call
+    tolerance: float = 1e-10
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Measured:
+    """What came out; ``problem`` is empty where nothing is wrong.
+
+    Attributes:
+        name: of the architecture.
+        library: of the architecture.
+        parameters: how many numbers are learnt.
+        norms: BatchNorms.
+        samples: N.
+        outputs: C, all entries of one sample's output.
+        passes: backward passes of the batch that bncurv took.
+        error: largest relative error of the GGN diagonal and of ‖g_n‖².
+        slow: parameter name → why it has no product; ``"all"`` where the coupled way does not apply.
+        seconds: for everything.
+        problem: what is wrong.
+    """
+
+    name: str
+    library: str
+    parameters: int = 0
+    norms: int = 0
+    samples: int = 0
+    outputs: int = 0
+    passes: int = 0
+    error: float = float("nan")
+    slow: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    problem: str = ""
+
+
+class Called(nn.Module):
+    """A model with its batch and ``forward=`` inside, for `reference`; what it is called with is not used."""
+
+    def __init__(self, model: nn.Module, one: Architecture, batch: Any) -> None:
+        super().__init__()
+        self.model, self._forward, self._batch = model, one.forward, batch
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self._forward(self.model, self._batch)[0]
+
+
+def measure(one: Architecture, seed: int = 0) -> Measured:
+    """Build it, compare it; whatever goes wrong is said in the result."""
+    start, row = time.perf_counter(), Measured(one.name, one.library)
+    with random_weights(seed):
+        try:
+            compare(row, one)
+        except Exception as error:  # the others go on
+            row.problem = f"{type(error).__name__}: {error}"
+    row.seconds = round(time.perf_counter() - start, 1)
+    return row
+
+
+@contextmanager
+def random_weights(seed: int) -> Iterator[None]:
+    """Float64 by default and a seeded generator, both as before afterwards."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def compare(row: Measured, one: Architecture) -> None:
+    """Fill in the row: by the coupled way, whatever it costs at this N; where it does not apply, by the dense one."""
+    model, batch, loss_fn = shaken(one.build().double()).train(), one.batch(), nn.CrossEntropyLoss()
+    row.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row.norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        res = coupled_or_dense(row, model, one, batch, loss_fn)
+    said = [str(w.message) for w in caught if issubclass(w.category, SlowPathWarning)]
+    if not row.slow:  # else all are
+        row.slow = {name: cause for message in said for name, cause in slow_parameters(message).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diagonal, squares = plain(model, one, batch, loss_fn)
+    row.samples, row.passes = len(next(iter(squares.values()))), res.passes
+    row.outputs = torch.Size(one.forward(model, batch)[0].shape[1:]).numel()
+    row.error = max(relative_error(res.diag_ggn_exact, diagonal), relative_error(res.l2_component, squares))
+    if not row.error <= one.tolerance:
+        row.problem = f"relative error {row.error:.0e}"
+
+
+def coupled_or_dense(row: Measured, model: nn.Module, one: Architecture, batch: Any, loss_fn: nn.Module) -> Results:
+    def by(method: str) -> Results:
+        quantities = DiagGGNExact(), ComponentL2Grad()
+        return curvature(model, loss_fn, batch, *quantities, forward=one.forward, method=method)
+
+    try:
+        return by("coupled")
+    except RuntimeError as error:
+        said = re.match(r"method='coupled' does not apply: (.*?)\.? Use method=", str(error))
+        if not said:
+            raise
+        row.slow["all"] = said[1]
+        return by("dense")
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Norms, biases, LayerScales and tokens that start at a constant are moved off it: a forgotten factor shows."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() < 2 or float(p.std()) < 1e-3:
+                p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def plain(model: nn.Module, one: Architecture, batch: Any, loss_fn: nn.Module) -> Pair:
+    """GGN diagonal, and ‖g_n‖² of every parameter, by one ordinary backward pass per row of the Jacobian."""
+    called, prefix = Called(model, one, batch), len("model.")
+    with torch.random.fork_rng(devices=[]):
+        y = one.forward(model, batch)[1]
+    diagonal = reference.ggn_diagonal(called, loss_fn, y, y)
+    gradients = reference.component_gradients(called, loss_fn, y, y)
+    squares = {name[prefix:]: g.reshape(len(g), -1).square().sum(1) for name, g in gradients.items()}
+    return {name[prefix:]: t for name, t in diagonal.items()}, squares
+
+
+def relative_error(values: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """Largest relative error of a tensor; of one that is zero, relative to the largest entry."""
+    largest = max(float(t.abs().max()) for t in truth.values())
+    errors = [0.0 if values.keys() == truth.keys() else float("inf")]
+    for name in values.keys() & truth.keys():
+        scale, gap = float(truth[name].norm()), float((values[name] - truth[name]).norm())
+        zero = scale <= 1e-10 * largest * truth[name].numel() ** 0.5
+        errors.append(gap / (largest if zero else scale) if gap == gap else float("inf"))
+    return max(errors)
+
+
+def slow_parameters(message: str) -> dict[str, str]:
+    """Names in a warning of parameters without a product, each with the cause behind it."""
+    found: dict[str, str] = {}
+    said = re.match(r"No parameter product for (.*?): exact", message)
+    listed = r"((?:'[^']+'(?:, )?)+)( and \d+ more)? \((.+?)\)(?=, |$)"  # 'a', 'b' and 2 more (cause), ...
+    for names, more, cause in re.findall(listed, said[1] if said else ""):
+        found |= dict.fromkeys([*re.findall(r"'([^']+)'", names), *([more.strip()] if more else [])], cause)
+    return found

@@ -1,0 +1,78 @@
+"""What was measured, as Markdown: one row for each architecture, or for each family."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from zoo.measure import Measured
+
+BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def passes(row: Measured) -> str:
+    """By the coupled way, for any N; what slow parameters add grows with it."""
+    plain = row.samples * row.outputs
+    if "all" in row.slow:
+        return f"{row.outputs} N"
+    return f"{row.passes - plain} + {row.outputs} N" if row.slow else str(row.passes)
+
+
+def reasons(row: Measured) -> str:
+    """Slow parameters, cause by cause."""
+    said = []
+    for cause in dict.fromkeys(row.slow.values()):
+        names = [name for name, of in row.slow.items() if of == cause]
+        said.append(f"{', '.join(f'`{n}`' if '.' in n else n for n in names[:2])}{', …' * (len(names) > 2)}: {cause}")
+    return "; ".join(said)
+
+
+def verdict(row: Measured) -> str:
+    return row.problem or f"{row.error:.0e}"
+
+
+def summary(rows: list[Measured]) -> str:
+    """How many of how many."""
+    wrong, slow = (sum(bool(getattr(row, what)) for row in rows) for what in ("problem", "slow"))
+    norms = sum(row.norms > 0 for row in rows)
+    return f"{len(rows)} architectures, {norms} with BatchNorm: {wrong} wrong, {slow} with a slow parameter."
+
+
+def one_by_one(rows: list[Measured]) -> str:
+    """A row for each."""
+    lines = [
+        [row.name, row.library, str(row.parameters), str(row.norms), passes(row), f"{row.outputs} N", verdict(row),
+         reasons(row) or "none"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["architecture", "from", "parameters", "BatchNorms", "passes", "dense", "largest error", "slow"]
+    return f"{summary(rows)}\n\n{table(header, lines)}"
+
+
+def by_family(rows: list[Measured]) -> str:
+    """A row for each library, with and without BatchNorm; those with a slow parameter below."""
+
+    def family(row: Measured) -> tuple[str, bool]:
+        return row.library, row.norms > 0
+
+    lines = []
+    for (library, norms), members in groupby(sorted(rows, key=family), family):
+        some = list(members)
+        taken = sorted(row.passes for row in some if not row.slow)
+        span = f"{taken[0]}–{taken[-1]}" if taken and taken[0] < taken[-1] else "".join(map(str, taken[:1]))
+        lines.append([library, "yes" if norms else "no", ", ".join(row.name for row in some), span or "–",
+                      f"{max(row.error for row in some):.0e}"])  # fmt: skip
+    slow = [f"- {row.name}: {reasons(row)}" for row in rows if row.slow]
+    header = ["from", "BatchNorm", "architectures", "passes", "largest error"]
+    return "\n".join([summary(rows), "", table(header, lines), *(["", "Slow:", "", *slow] if slow else [])])
+
+
+def insert(text: str, path: Path) -> None:
+    """Replace what stands between the markers."""
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
