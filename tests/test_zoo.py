@@ -1,18 +1,21 @@
 """The zoo: what it calls wrong, slow, inapplicable; some of its architectures, where their libraries are installed."""
 
 import importlib
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from cases import Net
 from torch import Tensor, nn
-from zoo.measure import Architecture, measure, relative_error, slow_parameters
+from zoo.measure import Architecture, measure, relative_error
 from zoo.table import by_family, one_by_one
 
 from bncurv import reference
 
+ROOT = Path(__file__).parent.parent
 N, C = 6, 3
 
 
@@ -29,7 +32,7 @@ def toy(between: Callable[[Net, Tensor], Tensor] = lambda net, h: h) -> Architec
 
 def test_exact_and_fast():
     row = measure(toy())
-    assert (row.problem, row.slow, row.norms, row.samples, row.outputs) == ("", {}, 1, N, C)
+    assert (row.problem, row.slow, row.norms, row.samples, row.outputs) == ("", "", 1, N, C)
     assert 0 < row.error < 1e-13 and row.passes == C
     assert "| toy | none |" in one_by_one([row]) and "0 wrong, 0 with a slow parameter" in by_family([row])
 
@@ -60,25 +63,26 @@ def test_errors_are_relative_to_each_parameter():
 def test_slow():
     """By name, with the cause; what does not fit is said to be a problem."""
     row = measure(toy(lambda net, h: h.masked_fill(h > 0.5, net.v)))
-    assert row.slow == {"v": "used in a function that is no row of the layer table"} and not row.problem
-    assert "| 3 + 3 N | 3 N |" in one_by_one([row]) and "- toy: v: used in a function" in by_family([row])
+    assert row.slow == "'v' (used in a function that is no row of the layer table)" and not row.problem
+    assert "| 3 + 3 N | 3 N |" in one_by_one([row]) and "- toy: 'v' (used in a function" in by_family([row])
     row = measure(toy(lambda net, h: h * h.softmax(0)))
-    assert list(row.slow) == ["all"] and "samples of the batch are mixed" in row.slow["all"] and not row.problem
+    assert row.dense and row.slow.startswith("the samples of the batch are mixed in") and not row.problem
     assert "| 3 N | 3 N |" in one_by_one([row])
     assert measure(toy(lambda net, h: h @ h)).problem.startswith("RuntimeError: mat1 and mat2")
 
 
-def test_slow_parameters_of_a_message():
-    said = (
-        "No parameter product for 'a.w', 'b' (used here (twice)), 'c' and 2 more (there): exact, but by one (3 passes"
+def test_readme_claims():
+    """Nothing wrong, few slow, half of them with BatchNorm; both tables of one run."""
+    summaries = []
+    for path in ("README.md", "experiments/zoo/README.md"):
+        text = (ROOT / path).read_text().split("<!-- zoo:begin -->\n")[1].split("\n<!-- zoo:end -->")[0]
+        summaries.append(text.splitlines()[0])
+    said = re.fullmatch(
+        r"(\d+) architectures, (\d+) with BatchNorm: 0 wrong, (\d+) with a slow parameter\.", summaries[0]
     )
-    assert slow_parameters(said) == {
-        "a.w": "used here (twice)",
-        "b": "used here (twice)",
-        "c": "there",
-        "and 2 more": "there",
-    }
-    assert slow_parameters("The coupled way loses digits for 'a' (1e-3 relative)") == {}
+    number, norms, slow = map(int, said.groups())
+    assert number >= 40 and norms >= number / 2 and slow <= 5 and summaries[1] == summaries[0]
+    assert text.count("\n| ") == number + 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class Measured:
         outputs: C, all entries of one sample's output.
         passes: backward passes of the batch that bncurv took.
         error: largest relative error of the GGN diagonal and of ‖g_n‖².
-        slow: parameter name → why it has no product; ``"all"`` where the coupled way does not apply.
+        slow: parameters without a product, and why; or why the coupled way does not apply to the model.
+        dense: whether it does not.
         seconds: for everything.
         problem: what is wrong.
     """
@@ -75,7 +76,8 @@ class Measured:
     outputs: int = 0
     passes: int = 0
     error: float = float("nan")
-    slow: dict[str, str] = field(default_factory=dict)
+    slow: str = ""
+    dense: bool = False
     seconds: float = 0.0
     problem: str = ""
 
@@ -124,9 +126,8 @@ def compare(row: Measured, one: Architecture) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         res = coupled_or_dense(row, model, one, batch, loss_fn)
-    said = [str(w.message) for w in caught if issubclass(w.category, SlowPathWarning)]
-    if not row.slow:  # else all are
-        row.slow = {name: cause for message in said for name, cause in slow_parameters(message).items()}
+    said = dict.fromkeys(slow(str(w.message)) for w in caught if issubclass(w.category, SlowPathWarning))
+    row.slow = row.slow or "; ".join(said)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         diagonal, squares = plain(model, one, batch, loss_fn)
@@ -148,7 +149,7 @@ def coupled_or_dense(row: Measured, model: nn.Module, one: Architecture, batch: 
         said = re.match(r"method='coupled' does not apply: (.*?)\.? Use method=", str(error))
         if not said:
             raise
-        row.slow["all"] = said[1]
+        row.slow, row.dense = said[1], True
         return by("dense")
 
 
@@ -183,11 +184,7 @@ def relative_error(values: Mapping[str, Tensor], truth: Mapping[str, Tensor]) ->
     return max(errors)
 
 
-def slow_parameters(message: str) -> dict[str, str]:
-    """Names in a warning of parameters without a product, each with the cause behind it."""
-    found: dict[str, str] = {}
-    said = re.match(r"No parameter product for (.*?): exact", message)
-    listed = r"((?:'[^']+'(?:, )?)+)( and \d+ more)? \((.+?)\)(?=, |$)"  # 'a', 'b' and 2 more (cause), ...
-    for names, more, cause in re.findall(listed, said[1] if said else ""):
-        found |= dict.fromkeys([*re.findall(r"'([^']+)'", names), *([more.strip()] if more else [])], cause)
-    return found
+def slow(message: str) -> str:
+    """Of a warning: the parameters and the cause."""
+    said = re.match(r"No parameter product for (.*): exact", message)
+    return said[1] if said else message

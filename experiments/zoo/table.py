@@ -18,18 +18,9 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 def passes(row: Measured) -> str:
     """By the coupled way, for any N; what slow parameters add grows with it."""
     plain = row.samples * row.outputs
-    if "all" in row.slow:
+    if row.dense:
         return f"{row.outputs} N"
     return f"{row.passes - plain} + {row.outputs} N" if row.slow else str(row.passes)
-
-
-def reasons(row: Measured) -> str:
-    """Slow parameters, cause by cause."""
-    said = []
-    for cause in dict.fromkeys(row.slow.values()):
-        names = [name for name, of in row.slow.items() if of == cause]
-        said.append(f"{', '.join(f'`{n}`' if '.' in n else n for n in names[:2])}{', …' * (len(names) > 2)}: {cause}")
-    return "; ".join(said)
 
 
 def verdict(row: Measured) -> str:
@@ -47,7 +38,7 @@ def one_by_one(rows: list[Measured]) -> str:
     """A row for each."""
     lines = [
         [row.name, row.library, str(row.parameters), str(row.norms), passes(row), f"{row.outputs} N", verdict(row),
-         reasons(row) or "none"]
+         row.slow or "none"]
         for row in rows
     ]  # fmt: skip
     header = ["architecture", "from", "parameters", "BatchNorms", "passes", "dense", "largest error", "slow"]
@@ -55,7 +46,7 @@ def one_by_one(rows: list[Measured]) -> str:
 
 
 def by_family(rows: list[Measured]) -> str:
-    """A row for each library, with and without BatchNorm; those with a slow parameter below."""
+    """A row for each library, with and without BatchNorm; those that are wrong or slow below."""
 
     def family(row: Measured) -> tuple[str, bool]:
         return row.library, row.norms > 0
@@ -67,9 +58,9 @@ def by_family(rows: list[Measured]) -> str:
         span = f"{taken[0]}–{taken[-1]}" if taken and taken[0] < taken[-1] else "".join(map(str, taken[:1]))
         lines.append([library, "yes" if norms else "no", ", ".join(row.name for row in some), span or "–",
                       f"{max(row.error for row in some):.0e}"])  # fmt: skip
-    slow = [f"- {row.name}: {reasons(row)}" for row in rows if row.slow]
+    said = [f"- {row.name}: {row.problem or row.slow}" for row in rows if row.problem or row.slow]
     header = ["from", "BatchNorm", "architectures", "passes", "largest error"]
-    return "\n".join([summary(rows), "", table(header, lines), *(["", "Slow:", "", *slow] if slow else [])])
+    return "\n".join([summary(rows), "", table(header, lines), *(["", *said] if said else [])])
 
 
 def insert(text: str, path: Path) -> None:

@@ -88,7 +88,7 @@ ARCHITECTURES = [
     net("Llama", "LlamaForSequenceClassification", words, tolerance=IN_FLOAT32, num_key_value_heads=1, **SIZES),
     net("T5 encoder", "T5ForTokenClassification", words, first_token, IN_FLOAT32, d_model=16, d_kv=8, d_ff=16,
         num_layers=2, num_heads=2, **some("vocab_size", "num_labels", "pad_token_id")),
-    net("ViT, Hugging Face", "ViTForImageClassification", pixels, image_size=32, patch_size=8, **ENCODER),
+    net("HF ViT", "ViTForImageClassification", pixels, image_size=32, patch_size=8, **ENCODER),
     net("CvT", "CvtForImageClassification", pixels, embed_dim=[8, 8, 8], num_heads=[1, 2, 2], depth=[1, 2, 3],
         num_labels=C),
     net("SegFormer", "SegformerForSemanticSegmentation", maps, hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1],

@@ -103,7 +103,7 @@ CONVOLUTIONS = [
     net("ConvMixer", ConvMixer, dim=16, depth=2, kernel_size=5, patch_size=4),
     net("ConvNeXt", "convnext_atto", ls_init_value=1e-2, drop_path_rate=0.1, **FOUR),
     net("ConvNeXtV2", "convnextv2_atto", **FOUR),
-    net("BiT, weight-standardised", resnetv2.ResNetV2, layers=(1, 1), channels=(16, 32), stem_chs=8,
+    net("BiT (weight-standardised)", resnetv2.ResNetV2, layers=(1, 1), channels=(16, 32), stem_chs=8,
         norm_layer=partial(GroupNormAct, num_groups=4)),
     net("NFNet", nfnet.NormFreeNet, drop_path_rate=0.1, cfg=nfnet.NfCfg(
         (1, 1), (16, 16), stem_chs=8, attn_layer="se", attn_kwargs={"rd_ratio": 0.5}, act_layer="silu")),
@@ -128,7 +128,7 @@ ATTENTION = [
     net("DeiT III", "deit3_small_patch16_224", drop_path_rate=0.1, **VIT),
     net("CaiT", "cait_xxs24_224", **VIT),
     net("BEiT", "beit_base_patch16_224", init_values=0.1, **VIT),
-    net("ViT, relative positions by an MLP", "vit_relpos_small_patch16_224", **VIT),
+    net("ViT-relpos", "vit_relpos_small_patch16_224", **VIT),
     net("EVA-02", "eva02_tiny_patch14_224", 28, **VIT | {"img_size": 28, "patch_size": 7}),
     net("Swin", "swin_tiny_patch4_window7_224", **WINDOWS),
     net("SwinV2", "swinv2_tiny_window8_256", **WINDOWS),
