@@ -17,6 +17,7 @@ from torch import Tensor
 from bncurv.precision import EXACT, ROUNDING
 
 MOST = sys.float_info.max  # of what is a number
+FACTORS = 0.7, 0.9, 1.3  # rounding moves with them, and not with 2
 
 
 class Sum(NamedTuple):
@@ -55,8 +56,9 @@ def differences(
 ) -> dict[str, Difference]:
     """Where the coupled way is not what an ordinary pass is, by parameter; within `EXACT` it is.
 
-    An ordinary pass' own rounding is seen in two ways: it moves when the cotangent is scaled, and it is relative to the
-    terms of its sums. Where all that it gives is rounding, the coupled way may have a little more.
+    An ordinary pass' own rounding is seen in two ways: it moves when the cotangent is scaled, but not by a power of two
+    (there a random backward does), and it is relative to the terms of its sums. Where all that an ordinary pass gives
+    is rounding, the coupled way may have a little more.
 
     Args:
         pull: an ordinary pass with open gates, ``[n, *output]`` → ``[*p]`` by parameter.
@@ -68,10 +70,12 @@ def differences(
     apart = {name: largest(s.value - truth[name]) for name, s in coupled.items()}
     size = {name: max(largest(truth[name]), largest(s.value)) for name, s in coupled.items()}
     suspects = [n for n, s in coupled.items() if not apart[n] <= min(EXACT[u.dtype] * size[n] + s.slack, MOST)]
-    moved = [(factor, pull(factor * u)) for factor in ((0.7, 0.9, 1.3) if suspects else ())]
-    found, ulps = {}, ROUNDING**2 * torch.finfo(u.dtype).eps
+    scaled = {factor: pull(factor * u) for factor in ((*FACTORS, 2.0) if suspects else ())}
+    found, limits = {}, torch.finfo(u.dtype)
     for name in suspects:
-        noise = ROUNDING * max(largest(m[name] / factor - truth[name]) for factor, m in moved)
+        off = {factor: largest(got[name] / factor - truth[name]) for factor, got in scaled.items()}
+        linear = off[2.0] <= EXACT[u.dtype] * largest(truth[name]) + limits.tiny / limits.eps
+        noise, ulps = ROUNDING * max(off[factor] for factor in FACTORS), ROUNDING**2 * limits.eps
         cancelled = apart[name] <= ulps * coupled[name].terms
         if cancelled:  # then the ordinary pass is better, unless all that it gives is rounding
             limit = noise if largest(truth[name]) > noise else ROUNDING * noise
@@ -79,7 +83,7 @@ def differences(
             limit = max(noise, ulps * terms(name))
         number = apart[name] <= MOST
         relative = apart[name] / size[name] if number else math.inf
-        found[name] = Difference(relative, cancelled, number and apart[name] <= limit)
+        found[name] = Difference(relative, cancelled and linear, number and linear and apart[name] <= limit)
     return found
 
 

@@ -117,6 +117,15 @@ def test_one_thing_inside(kind, method):
     assert refused == (kind in kinds.REFUSED | kinds.HALF or (kind in kinds.MIXED and method == "coupled"))
 
 
+@pytest.mark.parametrize("kind", kinds.INSIDE | kinds.REFUSED)
+def test_one_thing_at_the_output(kind):
+    """Where no pass starts beyond it."""
+    with float64(0):
+        model = nn.Sequential(nn.Linear(4, 3), kinds.Inside(kind))
+        refused = assert_exact_or_refused((model, nn.MSELoss(), torch.randn(5, 4), torch.randn(5, 3)), "coupled")
+    assert refused == (kind in kinds.REFUSED)
+
+
 @pytest.mark.parametrize("method", ["coupled", "dense"])
 @pytest.mark.parametrize("kind", kinds.AROUND)
 def test_one_thing_around_a_branch(kind, method):
