@@ -257,8 +257,9 @@ def test_pytorchs_hint_is_on_again():
 
 # ---------------------------------------------------------------------------- the coupled way against an ordinary pass
 def noisy(u: Tensor) -> dict[str, Tensor]:
-    """A parameter of which an ordinary pass gives nothing but rounding."""
-    return {"p": 1e-16 * torch.sin(1e6 * u)}
+    """A parameter of which an ordinary pass gives nothing but rounding, which a power of two does not change."""
+    mantissa, exponent = torch.frexp(u)
+    return {"p": torch.ldexp(1e-16 * torch.sin(1e6 * mantissa), exponent)}
 
 
 def test_two_kinds_of_rounding_are_no_disagreement():
@@ -275,6 +276,12 @@ def test_rounding_that_is_much_larger_than_an_ordinary_pass(value, theirs):
     u = torch.randn(5, dtype=torch.float64)
     sums = {"p": Sum(torch.full_like(u, value), terms=1e3)}
     assert differences(noisy, u, sums, lambda name: 0.0)["p"][1:] == (True, theirs)
+
+
+def test_what_is_another_one_each_time_is_no_rounding():
+    u = torch.randn(5, dtype=torch.float64)
+    found = differences(lambda u: {"p": torch.rand_like(u) * u}, u, {"p": Sum(0.5 * u, terms=1e20)}, float)["p"]
+    assert found[1:] == (False, False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
