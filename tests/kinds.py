@@ -366,7 +366,7 @@ AROUND: dict[str, Run] = {
 }
 
 STRICT = HALF | NESTED
-MIXING = {*MIXED, *REFUSED, "halves", "doubled", "some", "checkpoint"}
+MIXING = {*MIXED, *REFUSED, "halves", "doubled", "some", "checkpoint", "function_rolled"}  # or may, beside a branch
 SCALING = {
     "loud_5",
     "loud_13",
