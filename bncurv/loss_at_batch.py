@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from bncurv.factor import Factor, WholeFactor, by_position, normal_columns, rademacher_columns
+from bncurv.graph import coarsest
 from bncurv.hessian import Hessian, factor_by_autograd
 from bncurv.loss_calls import as_module, callable_of, cast, plain_rule, twin, user_hooks
 from bncurv.losses import Loss, check_loss, find_loss, is_inherited, name_of
-from bncurv.precision import CONVEX, ROUGHLY
+from bncurv.precision import CONVEX, ROUGHLY, ulp
 from bncurv.probes import pattern
 from bncurv.slow import listed, user_level
 
@@ -92,7 +93,7 @@ class LossAtBatch:
         """∂L/∂F by autograd, at any output and target.
 
         Raises:
-            TypeError, ValueError: if the loss is no differentiable scalar of the output alone.
+            TypeError, ValueError: if the loss is no differentiable scalar of the output alone, in single precision.
         """
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
@@ -120,6 +121,12 @@ class LossAtBatch:
             raise ValueError(
                 f"{self.name} returned a value without a graph; expected a differentiable function of the model's "
                 "output (detach(), no_grad() or argmax in the loss?)."
+            )
+        dtype = coarsest(value)[0]
+        if ulp(dtype) > ulp(torch.float32):
+            raise TypeError(
+                f"{self.name} computes in {dtype} inside (autocast, or a cast in its code), which loses the digits "
+                "that curvature needs. Use bncurv.curvature(..., precision='float32'), or take the cast out."
             )
         self._finite("value", value)
 

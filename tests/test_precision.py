@@ -259,6 +259,24 @@ def test_a_cast_in_the_code_is_refused() -> None:
         curvature(model, CE, (X, y), DiagGGNExact(), precision="float64")
 
 
+@pytest.mark.parametrize("quantity", [ComponentGrad, DiagGGNExact])
+def test_losses_in_half_precision_are_refused(quantity: Any) -> None:
+    """Also where their value is no longer; regions of autocast are none where another precision is asked for."""
+
+    def cast(output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output.to(BF16), y).float()
+
+    def region(output: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", BF16):
+            return F.cross_entropy(output @ torch.eye(3), y).float()
+
+    model = net()
+    for loss_fn, options in ((cast, {}), (cast, {"precision": "float32"}), (region, {})):
+        with unchanged(model), pytest.raises(TypeError, match="computes in torch.bfloat16 inside .auto.*precision='"):
+            curvature(model, loss_fn, (X, y), quantity(), **options)
+    assert curvature(model, region, (X, y), quantity(), precision="float32").passes
+
+
 def test_single_precision_inside_double_is_told() -> None:
     """Whether the model is in double precision, or asked to be."""
     model = Net(lambda net, x: net.o(net.n(net.a(x)).float().tanh().to(x.dtype)), **dict(net().named_children()))

@@ -81,7 +81,7 @@ class Space:
         if t.dtype != self.like.dtype or t.device != self.like.device:
             raise ValueError(
                 f"{what} is {t.dtype} on {t.device}; expected {self.like.dtype} on {self.like.device}, as the "
-                "parameters are. Convert it with .to(...)."
+                "curvature is. Convert it with .to(...)."
             )
 
 
