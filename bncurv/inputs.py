@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bncurv.losses import name_of
-from bncurv.nested import moved, tensors
+from bncurv.nested import moved, renewed, tensors
 
 _CONTAINERS = ("tuple", "list", "sequence", "iterable")  # words of annotations
 Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -71,9 +71,10 @@ def output_and_target(model: nn.Module, X: Any, y: Any, forward: Forward | None,
     Raises:
         TypeError: where ``forward`` returns anything but an output and targets, or X may be called in two ways.
     """
+    X = renewed(X)  # the code may take out what it has read
     if forward is None:
         return _run(model, moved(X, device)), y
-    found = forward(model, dict(X) if type(X) is dict else X)  # it may take out what it has read
+    found = forward(model, X)
     if not (isinstance(found, tuple | list) and len(found) == 2):
         raise TypeError(
             f"forward {name_of(forward)} returned {type(found).__name__}{_length(found)}; expected a pair "

@@ -58,6 +58,14 @@ def mapped(f: Callable[[Tensor], Any], value: Any, depth: int = DEEPEST) -> Any:
     return _with(value, changed) if changed else value
 
 
+def renewed(value: Any, depth: int = DEEPEST) -> Any:
+    """The same tensors in containers of their own, for code that may change these."""
+    entries = dict(_entries(value)) if depth else {}
+    found = {key: renewed(part, depth - 1) for key, part in entries.items()}
+    changed = {key: part for key, part in found.items() if part is not entries[key]}
+    return _with(value, changed) if changed or isinstance(value, list | MutableMapping) else value
+
+
 def moved(value: Any, device: torch.device | None) -> Any:
     """The structure with its tensors on a device, if there is one to go to."""
     return value if device is None else mapped(lambda t: t.to(device), value)

@@ -102,8 +102,8 @@ class Twins:
                 raise
             raise TypeError(
                 f"{self._asked}: two precisions meet in the forward pass ({error}). A cast in the code (.float(), "
-                "dtype=...), or a tensor that is neither parameter nor buffer nor input, keeps its own: let it follow "
-                "x.dtype, or call model.float() or model.double() before."
+                "dtype=...), or a tensor that is no parameter, no buffer, and not in the batch's tuples, lists and "
+                "mappings, keeps its own: let it follow x.dtype, or call model.float() or model.double() before."
             ) from error
 
     @property

@@ -173,17 +173,21 @@ def test_signatures_below_wrappers(two):
     assert_close(curvature(extend(model), loss, ((u, v), y), DiagGGNExact()).diag_ggn_exact, want)
 
 
-def test_a_batch_is_left_as_it_is(two):
-    """Also where forward takes out what it has read."""
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_batch_is_left_as_it_is(two, kind):
+    """Also where forward, or the model, takes out what it has read."""
     model, u, v, y, want = two
-    batch = {"labels": y, "u": u, "v": v}
+    batch = kind(labels=y, inputs=[{"u": u, "v": v}])
 
-    def forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         target = batch.pop("labels")
-        return model(**batch), target
+        return model(**batch["inputs"].pop()), target
 
     assert_close(curvature(model, loss, batch, DiagGGNExact(), forward=forward).diag_ggn_exact, want)
-    assert list(batch) == ["labels", "u", "v"]
+    taking = Net(lambda net, X: net.m(**X.pop("inputs").pop()), m=model)
+    got = curvature(taking, loss, (batch, y), DiagGGNExact()).diag_ggn_exact
+    assert_close({name.removeprefix("m."): t for name, t in got.items()}, want)
+    assert list(batch) == ["labels", "inputs"] and list(batch["inputs"][0]) == ["u", "v"]
 
 
 def test_ambiguous_data(two):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from bncurv.nested import held, mapped, moved, named, tensors
+from bncurv.nested import held, mapped, moved, named, renewed, tensors
 
 a, b, c = torch.arange(3.0), torch.ones(2, 2), torch.zeros(1, dtype=torch.long)
 Pair = namedtuple("Pair", ["one", "two"])
@@ -33,7 +33,7 @@ class Holder:
 STRUCTURES = {
     "tensor": (a, 1),
     "tuple": ((a, [b, None], 3), 2),
-    "namedtuple": (Pair(a, Pair(b, "x")), 2),
+    "namedtuple": (Pair(a, Pair(b, [1])), 2),
     "dict": ({"u": a, 1: (b, c)}, 3),
     "OrderedDict": (OrderedDict(z=a, y=b), 2),
     "UserDict": (UserDict(u=[a]), 1),
@@ -68,6 +68,15 @@ def test_unchanged_parts_stay() -> None:
 def test_entries_that_are_attributes_too() -> None:
     changed = mapped(lambda t: t + 1, Named(u=a))
     assert changed.u is changed["u"]
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_renewed(kind: str) -> None:
+    value = STRUCTURES[kind][0]
+    anew = renewed([value])
+    assert type(anew[0]) is type(value) and [id(t) for t in tensors(anew)] == [id(t) for t in tensors(value)]
+    changeable = {"tuple", "namedtuple", "dict", "OrderedDict", "UserDict", "named entries"}
+    assert (anew[0] is value) == (kind not in changeable)
 
 
 def test_packed_sequences_keep_their_steps() -> None:
