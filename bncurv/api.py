@@ -32,7 +32,7 @@ from bncurv.losses import check_loss, name_of
 from bncurv.lowrank.recorded import readable
 from bncurv.marks import plain_tensor
 from bncurv.nested import moved, tensors
-from bncurv.placement import check_placement, device_of
+from bncurv.placement import check_placement, device_of, values_needed
 from bncurv.quantities import Quantity
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
@@ -168,17 +168,17 @@ def curvature(
         undo.note(bar.close)
         leave_as_is(undo, model, *([loss_fn] if isinstance(loss_fn, nn.Module) else []))
         twins = Twins(undo, dtype, model, loss_fn)
-        wanted = twins.of(selected)
+        wanted, own = twins.of(selected), list(model.parameters())
         recorder = Recorder(model, private=True)
         undo.note(recorder.stop)
         with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
             generator = generator_of_call(quantities, next(iter(wanted.values())).device)
         for X, y in batches(data, forward):
-            with torch.enable_grad(), twins.meeting(), recorder:
+            with torch.enable_grad(), twins.meeting(), values_needed(model), recorder:
                 X, y = twins.data((X, y))
                 output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
                 twins.check(output)
-                check_own(output, wanted, [*model.parameters(), *tensors(X)])
+                check_own(output, wanted, [*own, *tensors(X)])
             y, all_of_them = moved(y, output.device), wanted | twins.others
             loss = LossAtBatch(of_output, output, y, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())

@@ -94,8 +94,10 @@ def _run(model: nn.Module, X: Any) -> Any:
         signature = _signature(model)
         if signature is None:
             return model(X)
-        if isinstance(X, Mapping) and X and all(key in signature.parameters for key in X):
-            return model(**X)
+        if isinstance(X, Mapping) and X and all(isinstance(key, str) for key in X):
+            by_name = all(key in signature.parameters for key in X)
+            if by_name or (not _binds(signature, X) and _binds(signature, **X)):
+                return model(**X)
         if not isinstance(X, Mapping) and _is_several(signature, X):
             return model(*X)
     return model(X)
@@ -107,7 +109,7 @@ def _is_several(signature: inspect.Signature, X: Any) -> bool:
     Raises:
         TypeError: where it may be both.
     """
-    if not _binds(signature, *X) or len(X) < 2 or not _binds(signature, X):
+    if len(X) < 2 or not _binds(signature, *X) or not _binds(signature, X):
         return not _binds(signature, X) and _binds(signature, *X)
     first = next(iter(signature.parameters.values()))
     says = str(first.annotation).lower()
@@ -130,9 +132,9 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         return None
 
 
-def _binds(signature: inspect.Signature, *args: Any) -> bool:
+def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
     try:
-        signature.bind(*args)
+        signature.bind(*args, **kwargs)
     except TypeError:
         return False
     return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -34,11 +36,7 @@ def check_placement(model: nn.Module, wanted: Mapping[str, Tensor]) -> None:
             raise TypeError(f"{f'module {name!r}, ' if name else ''}{problem}. {_ALONE}.")
     bare = [name for name, p in wanted.items() if p.is_meta]
     if bare:
-        raise ValueError(
-            f"parameter(s) {listed(bare)} are on the meta device: they have no values (never loaded, or kept elsewhere "
-            "by a library that offloads them). Load the model onto a device first: model.to_empty(device=...), then "
-            "load_state_dict, or from_pretrained without device_map."
-        )
+        raise ValueError(_no_values(bare))
     parts = [name for name, p in wanted.items() if _is(p, "torch.distributed.tensor", "DTensor")]
     if parts:
         raise TypeError(
@@ -54,6 +52,26 @@ def check_placement(model: nn.Module, wanted: Mapping[str, Tensor]) -> None:
             f"the model's parameters are on several devices ({where}); curvature across devices is not supported. Move "
             "the model to one: model.to(device)."
         )
+
+
+@contextmanager
+def values_needed(model: nn.Module) -> Iterator[None]:
+    """A forward pass: where PyTorch fails for tensors without values, ValueError names them."""
+    try:
+        yield
+    except RuntimeError as error:
+        bare = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+        if not bare or not re.search(r"\bmeta\b", str(error)):
+            raise
+        raise ValueError(_no_values(bare)) from error
+
+
+def _no_values(names: list[str]) -> str:
+    return (
+        f"parameter(s) or buffer(s) {listed(names)} are on the meta device: they have no values (never loaded, or kept "
+        "elsewhere by a library that offloads them). Load the model onto a device first: model.to_empty(device=...), "
+        "then load_state_dict, or from_pretrained without device_map."
+    )
 
 
 def _is(thing: Any, module: str, name: str) -> bool:

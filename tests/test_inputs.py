@@ -235,6 +235,11 @@ class Paired(Masked):
         return super().forward(*both) * scale
 
 
+class Free(Masked):
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return super().forward(**inputs)
+
+
 @pytest.fixture
 def masked() -> Any:
     with float64(0):
@@ -267,10 +272,10 @@ def test_one_argument_or_several(masked):
     model, u, mask, y, want = masked
     with pytest.raises(TypeError, match=r"tuple of 2, which forward\(u, mask=None\) .*\(model\(\*batch\[0\]\), batch"):
         curvature(model, loss, ((u, mask), y), DiagGGNExact())
-    for kind in (Annotated, Paired):
+    for kind, X in ((Annotated, (u, mask)), (Paired, [u, mask]), (Free, {"u": u, "mask": mask})):
         other = kind().double()
         other.load_state_dict(model.state_dict())
-        assert_close(curvature(other, loss, ((u, mask), y), DiagGGNExact()).diag_ggn_exact, want)
+        assert_close(curvature(other, loss, (X, y), DiagGGNExact()).diag_ggn_exact, want)
 
 
 # ---------------------------------------------------------------------------- targets

@@ -133,6 +133,14 @@ def test_parameters_without_values(where: str) -> None:
     assert model[3 if where != "0" else 0].weight.is_meta
 
 
+def test_constants_without_values() -> None:
+    """Named where PyTorch fails for them."""
+    model = on_meta("0").requires_grad_(False)
+    model[3].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^parameter.s. or buffer.s. '0.weight', '0.bias' are on the meta device"):
+        diagonal(model)
+
+
 def test_inputs_and_outputs_without_values() -> None:
     with pytest.raises(ValueError, match=r"X of shape \(8, 4\) is on the meta device"):
         curvature(net(), CE, (X.to("meta"), y), DiagGGNExact())
@@ -182,6 +190,9 @@ def test_functional_call_with_tensors_of_ones_own() -> None:
     assert_close(
         diagonal(model, forward=swapped("0.weight"), params="3.*"), {n: want[n] for n in ("3.weight", "3.bias")}
     )
+    model[0].register_forward_pre_hook(lambda m, inputs: setattr(m, "weight", nn.Parameter(m.weight.detach())))
+    with pytest.raises(ValueError, match="not depend on parameter.s. '0.weight', but on tensors that are none of"):
+        diagonal(model)
     extend(model), extend(loss_fn := nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match="not depend on parameter.s. '3.bias', but on tensors that are none of"):
         with backpack(ComponentGrad()):
