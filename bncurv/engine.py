@@ -224,6 +224,7 @@ class Engine:
         return directions
 
     def _dense(self, source: Source, names: list[str]) -> Iterator[Rows]:
+        self.back.begin(source)
         size = self.costs.dense_chunk()
         per_sample = source.columns_per_sample
         for c in chunks(per_sample, size):
@@ -245,6 +246,7 @@ class Engine:
     def _coupled(
         self, source: Source, names: list[str], directions: Directions | TruncatedDirections, squares: bool
     ) -> Iterator[Rows | Squares]:
+        self.back.begin(source)
         sites = sorted({*(j for name in names for j in self.structure.sites(name)), *self.structure.couplings})
         for c in chunks(source.columns_per_sample, self.costs.column_chunk(names)):
             columns = source.columns(c)

@@ -105,6 +105,7 @@ class Passes:
         self.samples, self.count, self._tick, self._trace = output.shape[0], 0, tick, trace
         self._gates, self._examined, self._singly = "open", set[str](), False
         self._quiet = {id(p) for p in quiet}
+        self._source: object = None
 
     def vjp(
         self,
@@ -137,6 +138,12 @@ class Passes:
             self._examined.add(graph)
             rows = self._examine(starts[0], edges, several[0], rows)
         return rows
+
+    def begin(self, source: object) -> None:
+        """The columns of another source follow: a faulty rule for batches may show in these alone."""
+        if source is not self._source:
+            self._source = source
+            self._examined.clear()
 
     def note(self, count: int) -> None:
         """Count backward passes that were just done."""

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import kinds
 import pytest
 import torch
 from cases import Net, float64
@@ -253,6 +254,26 @@ def test_pytorchs_hint_is_on_again():
     y, parameters = layer(X), list(layer.parameters())
     with pytest.warns(UserWarning, match="batching rule"):
         torch.vmap(lambda u: torch.autograd.grad(y, parameters, u, retain_graph=True))(torch.randn(2, 5, 3))
+
+
+class WrongBesides(kinds.WrongInside):
+    """Right for cotangents that have one entry each."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, Any]:
+        return (2 if bool(((x != 0).flatten(1).sum(1) <= 1).all()) else 4) * x, in_dims[0]
+
+
+def test_columns_of_every_quantity_are_examined():
+    """Those of the Hessian's factor have one entry each, the gradient's have several."""
+    act = kinds.function(WrongBesides.apply, lambda x: 2 * x)
+    with float64(0):
+        model, X, y = Net(lambda net, x: act(net.a(x)), a=nn.Linear(4, 3)), torch.randn(5, 4), torch.randn(5, 3)
+        quantities = DiagGGNExact(), ComponentGrad()
+        with pytest.warns(SlowPathWarning, match="differs from ordinary ones"):
+            found = curvature(model, nn.MSELoss(), (X, y), *quantities, method="dense").grad_component
+        expected = reference.component_gradients(model, nn.MSELoss(), X, y)
+        assert all(torch.allclose(found[name], t) for name, t in expected.items())
 
 
 # ---------------------------------------------------------------------------- the coupled way against an ordinary pass
