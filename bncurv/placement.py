@@ -18,8 +18,8 @@ _ALONE = "Compute on the plain module, in one process: nothing is reduced over s
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """The device of all parameters and buffers with values; ``None`` where there are several, or none."""
-    found = {t.device for t in chain(model.parameters(), model.buffers())} - {torch.device("meta")}
+    """The device of all parameters with values; ``None`` where there are several, or none."""
+    found = {p.device for p in model.parameters()} - {torch.device("meta")}
     return found.pop() if len(found) == 1 else None
 
 

@@ -153,7 +153,8 @@ def test_an_input_goes_to_where_the_model_is() -> None:
     """What is nowhere, an idle buffer without values, says nothing of it."""
     model = net()
     model.register_buffer("idle", torch.empty(2, device="meta"))
-    assert device_of(model) == X.device and device_of(nn.ReLU()) is None
+    frozen = nn.Sequential(model, nn.Linear(2, 2, device="meta").requires_grad_(False))
+    assert device_of(frozen) == X.device and device_of(nn.ReLU()) is None
     assert_close(diagonal(model), reference.ggn_diagonal(net(), CE, X, y))
 
 
