@@ -84,7 +84,7 @@ def _weights(u: Tensor, rows: list[Tensor | None]) -> Tensor:
     found = torch.stack([torch.zeros_like(sent), *(loudness(r) for r in rows if r is not None)]).amax(0)
     alike = (found / sent.clamp(min=limits.tiny)).amax() * sent
     level = power_of_two(torch.where(found > 0, found.maximum(limits.eps**0.5 * alike), alike))
-    return pattern(sent.shape, u) * (level.amax() / level)
+    return pattern(sent.shape, u) * (level.amax() / level).to(u.dtype)  # torch 2.6 has made it float64
 
 
 def _apart(a: list[Tensor | None], b: list[Tensor | None], scale: float = 1.0) -> list[tuple[float, float]]:
