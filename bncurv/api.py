@@ -34,6 +34,7 @@ from bncurv.marks import plain_tensor
 from bncurv.nested import moved, tensors
 from bncurv.placement import check_placement, device_of, values_needed
 from bncurv.quantities import Quantity
+from bncurv.ranks import Indices, Messages, Ranks, ranks_of
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
 from bncurv.shares import Weights
@@ -57,6 +58,9 @@ class Results:
         error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all
             columns of all mini-batches at their weights; empty where nothing was. A diagonal of the GGN with trace t is
             off by at most ``2 √t error + error²`` in the sum of its entries.
+        samples: over several ranks, the indices of this rank's samples among all, mini-batch by mini-batch and in each
+            of them rank by rank: where the rows of per-component results belong.
+        messages: over several ranks, what was sent: purpose → number, and bytes of this rank's.
     """
 
     fields: Mapping[str, Any]
@@ -64,6 +68,8 @@ class Results:
     passes: int
     batches: int = 1
     error: Mapping[str, float] = field(default_factory=dict)
+    samples: Tensor | None = None
+    messages: Mapping[str, Messages] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
         fields = self.__dict__.get("fields", {})
@@ -90,6 +96,7 @@ def curvature(
     tol: float = 0.0,
     chunk_size: int | None = None,
     progress: bool = False,
+    process_group: Any = None,
     precision: str | torch.dtype | None = None,
 ) -> Results:
     """Exact curvature of ``loss_fn(model(X), y)`` in the mode that the model is in, BatchNorm coupling included.
@@ -133,6 +140,9 @@ def curvature(
             passes where N·C is large; the error it made is estimated in ``Results.error``.
         chunk_size: most vectors (batch-sized cotangents, or rows ``[*p]``) held at once; default: chosen by bytes.
         progress: show a progress bar, in backward passes.
+        process_group: over whose ranks the batch is spread. Default: that of a ``DistributedDataParallel`` model; else
+            that of its train-mode ``SyncBatchNorm`` layers; else this process alone. Every rank calls, with its own
+            samples: see "Several processes" in the README.
         precision: ``"float32"`` or ``"float64"``: the curvature of the model as it would be in that precision
             (``copy.deepcopy(model).float()`` or ``.double()``, run on data of that dtype), also of one in half
             precision or with autocast regions, which are refused without it. For the call, copies in that dtype stand
@@ -153,6 +163,28 @@ def curvature(
         >>> res.diag_ggn_exact["0.weight"].shape
         torch.Size([3, 4])
     """
+    ranks = ranks_of(model, process_group)
+    with ranks.everybody.together():
+        return _curvature(
+            model, loss_fn, data, quantities, params, forward, method, tol, chunk_size, precision, progress, ranks
+        )
+
+
+def _curvature(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    data: Any,
+    quantities: tuple[Quantity, ...],
+    params: Choice | Iterable[Choice] | None,
+    forward: Forward | None,
+    method: str,
+    tol: float,
+    chunk_size: int | None,
+    precision: str | torch.dtype | None,
+    progress: bool,
+    ranks: Ranks,
+) -> Results:
+    """`curvature` on the ranks of a batch."""
     check_quantities(quantities)
     check_options(method, tol, chunk_size)
     dtype = dtype_of(precision)
@@ -160,35 +192,42 @@ def curvature(
     selected = select_parameters(model, params)
     check_modules(model)
     check_placement(model, selected)
+    everybody = ranks.everybody
 
     def run(undo: Undo) -> Results:
         merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
-        passes, way, largest = 0, "", 0
+        passes, way, largest, indices = 0, "", 0, Indices(everybody)
         bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
         undo.note(bar.close)
         leave_as_is(undo, model, *([loss_fn] if isinstance(loss_fn, nn.Module) else []))
         twins = Twins(undo, dtype, model, loss_fn)
         wanted, own = twins.of(selected), list(model.parameters())
-        recorder = Recorder(model, private=True)
+        recorder = Recorder(model, private=True, ranks=ranks)
         undo.note(recorder.stop)
         with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
-            generator = generator_of_call(quantities, next(iter(wanted.values())).device)
-        for X, y in batches(data, forward):
+            generator = generator_of_call(quantities, next(iter(wanted.values())).device, everybody.rank)
+        for X, y in everybody.in_step(batches(data, forward)):
             with torch.enable_grad(), twins.meeting(), values_needed(model), recorder:
                 X, y = twins.data((X, y))
                 output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
                 twins.check(output)
                 check_own(output, wanted, [*own, *tensors(X)])
             y, all_of_them = moved(y, output.device), wanted | twins.others
-            loss = LossAtBatch(of_output, output, y, hooked=True, empty_ok=True, parameters=all_of_them)
+            scale = 1 / everybody.size  # as DistributedDataParallel trains: the mean of the ranks' losses
+            loss = LossAtBatch(of_output, output, y, scale, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())
             reads, kinds = partial(readable, model, X), partial(kinds_of, model)
-            batch = Batch(output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, kinds=kinds)
+            counts, elsewhere = indices.of(len(output), ranks)
+            batch = Batch(
+                output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=ranks, counts=counts,
+                elsewhere=elsewhere, kinds=kinds,
+            )  # fmt: skip
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
-            merged.add(parts, weights.of(loss), engine.error)
+            merged.add(parts, everybody.weight(weights.of(loss)), engine.error)
             passes, way, largest = passes + engine.passes, engine.way, max(largest, len(output))
             del output, loss, traced, batch, parts, engine
-        return Results(merged.fields(), way, passes, merged.batches, merged.error)
+        fields = merged.fields()
+        return Results(fields, way, passes, merged.batches, merged.error, indices.found(), dict(everybody.messages))
 
     results = without_trace(run)
     generator_of_call(quantities, torch.device("cpu"))  # moves the global random state on
@@ -207,6 +246,8 @@ def _forward(
     """The model's output as one tensor, checked, the loss of that, and the target; X goes to the model's device."""
     masks = check_input(X, "X" if forward is None else "batch")
     model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # its own messages are not wanted
+        model = model.module
     try:
         output, y = output_and_target(model, X, y, forward, device_of(model))
     except ValueError as error:

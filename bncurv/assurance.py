@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.agreement import Difference, Sum, differences, largest
-from bncurv.blocks import Correction, Source
+from bncurv.blocks import Correction, Shard, Source
 from bncurv.certificate import find_mixing, unowned
 from bncurv.graph import Trace
 from bncurv.layers.copies import Embedding, Expanded
@@ -52,12 +52,16 @@ class Assurance:
         trace: the traced graph.
         products: parameter products there.
         sources: the columns that will be pulled back.
+        shard: which samples of the batch are here; default: all.
 
     Attributes:
         strange: once `mixing` was asked, the sites whose rows are no samples': their parameters have no product.
     """
 
-    def __init__(self, passes: Passes, trace: Trace, products: Products, sources: list[Source]) -> None:
+    def __init__(
+        self, passes: Passes, trace: Trace, products: Products, sources: list[Source], shard: Shard | None = None
+    ) -> None:
+        self._ranks, self._shard = passes.ranks, shard or Shard(0, passes.samples, passes.samples)
         self._passes, self._trace, self._products, self._sources = passes, trace, products, sources
         self._output, self._structure = passes.output, passes.structure
         self.strange: set[int] = set()
@@ -84,7 +88,7 @@ class Assurance:
             rows = call.layer.left("weight", call.arguments, delta)  # [1, n, g, o, s]
             left_over = largest(rows.sum((1, 4))) * largest(self._products.mean(i, "weight"))
             truth = largest(self._products.summed_at(i, "weight", delta))
-            if left_over > torch.finfo(rows.dtype).eps * offset * truth:
+            if self._ranks.any(left_over > torch.finfo(rows.dtype).eps * offset * truth):
                 return True
         return False
 
@@ -129,7 +133,7 @@ class Assurance:
         found = self._differences(names, directions, error, [self._probe])
         doubtful = [name for name, d in found.items() if d.theirs]
         if doubtful:
-            samples = self._passes.samples
+            samples = self._shard.total
             probes = [self._alone(n) for n in range(0, samples, -(-samples // FEW))]
             alone = self._differences(doubtful, directions, error, probes)
             found |= {name: d._replace(cancelled=True) for name, d in alone.items()}  # their sum agreed
@@ -138,7 +142,8 @@ class Assurance:
     def _alone(self, n: int) -> Probe:
         """The probe of one sample: where samples meet, an ordinary pass can lose digits that it keeps of each."""
         (u, delta), one = self._probe, torch.zeros_like(self._probe[0])
-        one[n] = u[n]
+        here = slice(max(n - self._shard.first, 0), max(n + 1 - self._shard.first, 0))
+        one[here] = u[here]
         with self._passes.closed():
             alone = vjp([self._output], self._structure.edges(list(delta)), [one[None]])
         return one, dict(zip(delta, alone, strict=True))
@@ -152,17 +157,23 @@ class Assurance:
             directions.read(delta, 1)
             for name in names:
                 sums[name].append(self._sum(name, delta, directions.correction(name), error.get(name, 0.0)))
+        values = self._ranks.sums({n: torch.stack([s.value for s in of]) for n, of in sums.items()}, "check")
         coupled = {
-            name: Sum(torch.stack([s.value for s in of]), max(s.terms for s in of), max(s.slack for s in of))
+            name: Sum(
+                values[name],
+                max(self._ranks.numbers(max(s.terms for s in of))),
+                max(self._ranks.numbers(max(s.slack for s in of))),
+            )
             for name, of in sums.items()
         }
 
         def pull(v: Tensor) -> dict[str, Tensor]:
             got = vjp([self._output], [self._products.wanted[n] for n in names], [v], singly=True)
-            return {n: self._products.zeros(n, len(v)) if g is None else g for n, g in zip(names, got, strict=True)}
+            rows = {n: self._products.zeros(n, len(v)) if g is None else g for n, g in zip(names, got, strict=True)}
+            return self._ranks.sums(rows, "check")
 
         def most(name: str) -> float:
-            return max(self._products.terms(name, delta) for _, delta in probes)
+            return max(self._ranks.numbers(max(self._products.terms(name, delta) for _, delta in probes)))
 
         return differences(pull, torch.stack([u for u, _ in probes]), coupled, most)
 

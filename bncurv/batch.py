@@ -51,7 +51,8 @@ def compute(
             if key in asked[q.field]:
                 q.add(states[q.field], key, rows)
     check_grads(batch.parameters, grads)
-    return {q.field: q.finish(states[q.field]) for q in quantities}, engine
+    everybody, sharing = batch.ranks.everybody, batch.ranks.size
+    return {q.field: q.reduce(q.finish(states[q.field]), everybody, sharing) for q in quantities}, engine
 
 
 class _Part(NamedTuple):

@@ -16,11 +16,12 @@ from bncurv.gate import Coupling, Gates
 from bncurv.order import Order, summed
 
 
-def _per_channel(x: Tensor, values: Tensor) -> Tensor:
+def per_channel(x: Tensor, values: Tensor) -> Tensor:
+    """Values ``[channel]`` beside ``x [n, channel, ...]``."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))
 
 
-def _factors(scale: Tensor, invstd: Tensor) -> Tensor:
+def factors(scale: Tensor, invstd: Tensor) -> Tensor:
     """-scale and -½ scale invstd, ``[2, channel]``: from Σ δ and Σ δ x̂ to d/dmean and d/dv."""
     return torch.stack([-scale, -0.5 * scale * invstd])
 
@@ -39,8 +40,10 @@ class BatchNormCoupling(Coupling):
         invstd: Tensor,
         weight: Tensor | None,
         eps: float,
+        count: int | None = None,
     ) -> None:
         super().__init__(name, statistics, gates)
+        self._count = count or x.numel() // x.shape[1]  # entries per channel, of all ranks
         self.handle, self.channelled, self._live = handle, x.shape, (x, weight, eps)
         self._x, self._mean, self._invstd = x.detach(), mean, invstd
         self._scale = invstd if weight is None else invstd * weight.detach()
@@ -50,10 +53,10 @@ class BatchNormCoupling(Coupling):
         channels = self._x.shape[1]
         if coordinates is None:
             coordinates = torch.arange(2 * channels, device=self._x.device)
-        count, channel = self._x.numel() // channels, coordinates % channels
+        count, channel = self._count, coordinates % channels
         x, mean = self._x[:, channel], self._mean[channel]
-        slope = 2 / count * (x - _per_channel(x, mean))
-        return channel, torch.where(_per_channel(x, coordinates < channels), 1 / count, slope).transpose(0, 1)
+        slope = 2 / count * (x - per_channel(x, mean))
+        return channel, torch.where(per_channel(x, coordinates < channels), 1 / count, slope).transpose(0, 1)
 
     @functools.cached_property
     def offset(self) -> float:  # type: ignore[override]
@@ -63,11 +66,11 @@ class BatchNormCoupling(Coupling):
     @functools.cached_property
     def normalised(self) -> Tensor:
         """x̂, kept while the graph lives."""
-        return (self._x - _per_channel(self._x, self._mean)) * _per_channel(self._x, self._invstd)
+        return (self._x - per_channel(self._x, self._mean)) * per_channel(self._x, self._invstd)
 
     @functools.cached_property
     def _factors(self) -> Tensor:
-        return _factors(self._scale, self._invstd)
+        return factors(self._scale, self._invstd)
 
     def per_sample(self, delta: Tensor, samples: int, order: Order | None) -> Tensor:
         """d/dmean = -scale Σ_s δ,  d/dv = -½ scale invstd Σ_s δ x̂."""
@@ -92,7 +95,7 @@ class BatchNormCoupling(Coupling):
         """X - mean and v, differentiable."""
         x = self._live[0]
         axes = (0, *range(2, x.dim()))
-        centred = x - _per_channel(x, x.mean(axes))
+        centred = x - per_channel(x, x.mean(axes))
         return centred, centred.square().mean(axes)
 
     def received(self, delta: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class BatchNormCoupling(Coupling):
         centred, v = self._centred()
         axes, invstd = (0, *range(2, delta.dim())), (v + eps).rsqrt()
         sums = torch.stack([delta.sum(axes), (delta * centred).sum(axes) * invstd])
-        return (sums * _factors(invstd if weight is None else invstd * weight, invstd)).flatten()
+        return (sums * factors(invstd if weight is None else invstd * weight, invstd)).flatten()
 
     def share(self, samples: int) -> Tensor:
         """The share of the rows that are each sample's, ``[n]``."""
@@ -111,30 +114,31 @@ class BatchNormCoupling(Coupling):
     def deviations(self, samples: int) -> Tensor:
         """N / rows of Σ_s (x_ns - mean) and Σ_s ((x_ns - mean)² - v), s over the sample's rows and positions."""
         centred, v = self._centred()
-        moments = [centred, centred.square() - _per_channel(centred, v)]
+        moments = [centred, centred.square() - per_channel(centred, v)]
         by_row = torch.cat([m.flatten(2).mean(2) if m.dim() > 2 else m for m in moments], 1)
         return summed(self.order, by_row, samples) * (samples / len(by_row))
 
 
-class _Moments(torch.autograd.Function):
+class Moments(torch.autograd.Function):  # noqa: D101
     """``x → (mean, biased variance) [2, channel]``; the values come from the fused forward."""
 
     is_linear = True  # its backward pass
 
     @staticmethod
-    def forward(ctx, x, mean, invstd, eps):
+    def forward(ctx, x, mean, invstd, eps, count=None):  # noqa: D102
         ctx.save_for_backward(x, mean)
+        ctx.count = count or x.numel() // x.shape[1]
         return torch.stack([mean, invstd**-2 - eps])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # noqa: D102
         # mean = Σ x / count,  v = Σ (x - mean)² / count   ⇒   dx = (ḡ_mean + 2 ḡ_v (x - mean)) / count
         x, mean = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        slope = _per_channel(x, 2 * g[1] / count)
-        offset = _per_channel(x, g[0] / count - 2 * g[1] * mean / count)
-        return slope * x + offset, None, None, None
+        count = ctx.count
+        slope = per_channel(x, 2 * g[1] / count)
+        offset = per_channel(x, g[0] / count - 2 * g[1] * mean / count)
+        return slope * x + offset, None, None, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -160,12 +164,12 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, mean, invstd, reserve = ctx.saved_tensors
         scale = invstd if weight is None else invstd * weight
         if ctx.gates.closed and not ctx.gates.sums:
-            return _per_channel(x, scale) * g, *(None,) * 7
+            return per_channel(x, scale) * g, *(None,) * 7
         if ctx.gates.closed:  # with constant statistics it is the backward of the eval mode; Σ g x̂ and Σ g besides
             dx, second, first = torch.ops.aten.native_batch_norm_backward(
                 g, x, weight, mean, invstd**-2 - ctx.eps, mean, invstd, False, ctx.eps, [True] * 3
             )
-            handle = torch.stack([first, second]) * _factors(scale, invstd) if ctx.needs_input_grad[3] else None
+            handle = torch.stack([first, second]) * factors(scale, invstd) if ctx.needs_input_grad[3] else None
             affine = (
                 t if needed else None for t, needed in zip((second, first), ctx.needs_input_grad[1:3], strict=True)
             )
@@ -211,6 +215,6 @@ def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tens
     y, mean, invstd = _BatchNorm.apply(x, weight, arguments.get("bias"), handle, running, momentum, eps, gates)
     coupling = None
     if handle is not None:
-        statistics = _Moments.apply(x, mean, invstd, eps)
+        statistics = Moments.apply(x, mean, invstd, eps)
         coupling = BatchNormCoupling(name, statistics, gates, handle, x, mean, invstd, weight, eps)
     return y, coupling, {"mean": mean, "invstd": invstd}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +11,21 @@ from torch import Tensor
 
 from bncurv.graph import Trace
 from bncurv.loss_at_batch import LossAtBatch
+from bncurv.ranks import ALONE, Ranks
+
+
+class Shard(NamedTuple):
+    """The samples of one rank among those of all ranks that share batch statistics.
+
+    Attributes:
+        first: index of the first one.
+        total: how many there are on all ranks.
+        largest: how many there are on the rank with most: all decide by its size, and so decide alike.
+    """
+
+    first: int
+    total: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,9 @@ class Batch:
         memo: lives as long as the call: what the first mini-batch decides for all.
         generator: random numbers of the call, for quantities without a generator of their own (``None``: torch's
             global ones).
+        ranks: those that share batch statistics; ``ranks.everybody``: those whose samples make the loss.
+        counts: samples on each of ``ranks``.
+        elsewhere: samples on all other ranks.
         kinds: makes a list of the modules that the parameters belong to: their names and types, by parameter name.
         reads: makes a list of what the graph may read when it is run backward, by what a message calls it.
     """
@@ -38,12 +56,26 @@ class Batch:
     memo: dict[str, Any] = field(default_factory=dict)
     generator: torch.Generator | None = None
     reads: Callable[[], Mapping[str, Tensor]] = dict
+    ranks: Ranks = ALONE
+    counts: Sequence[int] = ()
+    elsewhere: int = 0
     kinds: Callable[[], Mapping[str, tuple[str, str]]] = dict
 
     @property
     def samples(self) -> int:
-        """N."""
+        """N; of several ranks, those of this one."""
         return self.output.shape[0]
+
+    @property
+    def all_samples(self) -> int:
+        """Samples of all ranks."""
+        return self.samples + self.elsewhere
+
+    @property
+    def shard(self) -> Shard:
+        """Which samples of the batch they are."""
+        counts, rank = self.counts or (self.samples,), self.ranks.rank
+        return Shard(sum(counts[:rank]), sum(counts), max(counts))
 
 
 class Source(Protocol):

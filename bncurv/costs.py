@@ -6,8 +6,10 @@ cores (float32): elementwise work per entry, the fixed cost of one call into the
 
 from __future__ import annotations
 
+from bncurv.blocks import Shard
 from bncurv.budget import CHUNK_BYTES, DIRECTION_BYTES, ROW_BYTES, WIDEST_BYTES
 from bncurv.graph import Trace
+from bncurv.marks import Call
 from bncurv.products import Products
 from bncurv.structure import ALL, Structure
 
@@ -29,6 +31,7 @@ class Costs:
         columns: columns per sample that will be asked for.
         squares: whether sums of squares of V are enough for some of them.
         chunk_size: most vectors (cotangents of the batch, rows of V) held at once; ``None`` chooses by bytes.
+        shard: which samples of the batch are here.
     """
 
     def __init__(
@@ -39,12 +42,16 @@ class Costs:
         columns: int,
         squares: bool = False,
         chunk_size: int | None = None,
+        *,
+        shard: Shard,
     ) -> None:
         self._structure, self._products, self._columns = structure, products, columns
         self._squares_do, self._chunk_size = squares, chunk_size
-        self._samples, self._wanted = products.samples, products.wanted
+        self._samples, self._total, self._wanted = shard.largest, shard.total, products.wanted
+        self._share = shard.largest / products.samples  # of the largest shard: all ranks must decide alike
         self._calls = {j: s.mark.call for j, s in enumerate(trace.sites) if s.mark.call}
-        self._forward = {j: call.layer.flops(call.arguments, call.output) for j, call in self._calls.items()}
+        flops = {j: call.layer.flops(call.arguments, call.output) for j, call in self._calls.items()}
+        self._forward = {j: self._share * work for j, work in flops.items()}
         self._itemsize = next(iter(self._wanted.values())).element_size()
 
     def _pass(self, sites: int, products: list[int]) -> float:
@@ -52,13 +59,17 @@ class Costs:
         cost = 0.0
         for j, call in self._calls.items():
             if sites >> j & 1:
-                cost += self._forward[j] * (bool(call.below) + (j in products)) + ELEMENTWISE * call.output.numel()
+                cost += self._forward[j] * (bool(call.below) + (j in products)) + ELEMENTWISE * self._entries(call)
         return cost
+
+    def _entries(self, call: Call) -> int:
+        """Entries of a layer's output, on the rank with most samples."""
+        return round(self._share * call.output.numel())
 
     def _fitting(self, sites: int, rows: bool) -> int:
         """How many cotangents of the batch fit at the layers of a bit set of sites, with their parameters' rows."""
         calls = [call for j, call in self._calls.items() if sites >> j & 1]
-        outputs = [call.output.numel() for call in calls]
+        outputs = [self._entries(call) for call in calls]
         widest = max([1, *outputs, *(p.numel() for call in calls for p in call.parameters.values() if rows)])
         return min(CHUNK_BYTES // (self._itemsize * max(1, sum(outputs))), WIDEST_BYTES // (self._itemsize * widest))
 
@@ -69,7 +80,7 @@ class Costs:
 
     def dense(self) -> float:
         """All N·C columns through everything."""
-        count = self._samples * self._columns
+        count = self._total * self._columns
         rows = count * sum(p.numel() for p in self._wanted.values())
         calls = -(-count // self.dense_chunk()) * len(self._calls)
         return count * self._pass(ALL, self._structure.calls_in(ALL)) + ROW_ENTRY * rows + CALL * calls

@@ -55,6 +55,22 @@ class Directions:
             self._pull(sisters)
             for j in sisters:
                 self._pull_direct(j)
+        if passes.ranks.size > 1:
+            self._sum_over_ranks(known=between)
+
+    def _sum_over_ranks(self, known: Mapping[int, Mapping[int, Tensor]] | None) -> None:
+        """Everything until here was local: chunks need not be the same on all ranks."""
+        ranks, products = self._passes.ranks, self._products
+        pairs = [(j, i) for j in self.between for i in self.between[j] if not known or j not in known]
+        total = ranks.sum([self.between[j][i] for j, i in pairs], "B")
+        for (j, i), b in zip(pairs, total, strict=True):
+            self.between[j][i] = b
+        for name, P in self._P.items():
+            if len(P) and not products.vanishes(name):
+                (self._P[name],) = ranks.sum([P], "P")
+            if name in self._direct:
+                own = ranks.sum([p for _, p in self._direct[name]], "P of the layer below a BatchNorm")
+                self._direct[name] = [(j, p) for (j, _), p in zip(self._direct[name], own, strict=True)]
 
     def _pull_direct(self, j: int) -> None:
         """P of the layer directly below a BatchNorm, all channels at once, without a pass."""

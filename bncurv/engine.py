@@ -96,7 +96,7 @@ class Engine:
         squares: Collection[str] = (),
     ) -> None:
         self.output, self.wanted, self.trace = batch.output, dict(batch.parameters), batch.trace
-        self.samples = batch.samples
+        self.samples, self.shard, self.ranks = batch.samples, batch.shard, batch.ranks
         self._whole = {key: s for key, s in sources.items() if isinstance(s, WholeBatch)}
         self._procedures = {key: s for key, s in sources.items() if isinstance(s, Procedure)}
         self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch | Procedure)}
@@ -105,17 +105,23 @@ class Engine:
         self.structure = Structure(self.trace, self.wanted)
         uncentred = keep_own or tol  # these need the own part and the mean's directions as such
         centred = () if uncentred else self.structure.exclusive
-        self.products = Products(self.trace, self.structure, self.wanted, self.samples, centred, keep=not chunk_size)
-        self.costs = Costs(self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size)
+        self.products = Products(
+            self.trace, self.structure, self.wanted, self.samples, centred, not chunk_size, self.ranks
+        )
+        self.costs = Costs(
+            self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size, shard=self.shard
+        )
         quiet = [p for name, p in self.wanted.items() if self.structure.vanishes(name)]
-        self.back = Passes(self.output, self.trace, self.structure, tick, quiet)
-        self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()))
+        self.back = Passes(self.output, self.trace, self.structure, tick, quiet, self.ranks)
+        self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()), self.shard)
         self.error: dict[str, float] = {}
         self._between: dict[int, dict[int, Tensor]] = {}
         self._kinds = batch.kinds
         self._causes = self._without_product()
         self.slow = list(self._causes)
         self.way = self._choose()
+        if self.way == "coupled":
+            self.products.prepare_means()
 
     @property
     def passes(self) -> int:
@@ -144,11 +150,14 @@ class Engine:
             if not self._checks.offset():
                 return "dense"
         problem = self._checks.mixing()
+        if not problem and self.ranks.everybody.any(problem is not None):
+            problem = "another rank finds the samples of its batch mixed other than by a known coupled layer."
         if problem and self._method == "coupled":
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
         strange = [n for n in self.wanted if n not in self.slow and self.structure.sites(n) & self._checks.strange]
+        strange = self.ranks.everybody.union(strange, self.wanted)
         if strange and not problem:
             self._causes |= dict.fromkeys(strange, NO_SAMPLES)
             self._warn(strange)
@@ -157,7 +166,7 @@ class Engine:
 
     def _warn(self, slow: list[str]) -> None:
         causes = {name: self._causes[name] for name in slow}
-        warn_of_slow(causes, self._kinds(), self._columns + self._directions, self.samples * self._columns)
+        warn_of_slow(causes, self._kinds(), self._columns + self._directions, self.shard.total * self._columns)
 
     @property
     def _directions(self) -> int:
@@ -172,8 +181,8 @@ class Engine:
         if not self._columns:
             return whole
         if self.way == "dense":
-            return whole + self.samples * self._columns
-        return whole + self._columns + self._directions + (self.samples * self._columns if self.slow else 0)
+            return whole + self.shard.total * self._columns
+        return whole + self._columns + self._directions + (self.shard.total * self._columns if self.slow else 0)
 
     # ---------------------------------------------------------------- the two ways
     def pull_whole(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
@@ -181,7 +190,8 @@ class Engine:
         names = list(self.wanted) if names is None else names
         got = self.back.vjp(self.output, [self.wanted[name] for name in names], cotangents)
         count = len(cotangents)
-        return {n: self.products.zeros(n, count) if g is None else g for n, g in zip(names, got, strict=True)}
+        rows = {n: self.products.zeros(n, count) if g is None else g for n, g in zip(names, got, strict=True)}
+        return self.ranks.sums(rows, "rows of the dense way")
 
     @torch.no_grad()
     def pull(self) -> Iterator[tuple[str, Rows | Squares]]:
@@ -207,6 +217,7 @@ class Engine:
         """The coupled way for some parameters; gives back those that must go the other."""
         directions = self._pull_directions(list(self._sources.values()), names)
         wrong = self._checks.disagreeing(names, directions, self.error, self._method)
+        wrong = self.ranks.everybody.union(wrong, names)
         names = [name for name in names if name not in wrong]
         for key, source in self._sources.items() if names else ():
             for block in self._coupled(source, names, directions, key in self._squares):
@@ -230,18 +241,22 @@ class Engine:
         for c in chunks(per_sample, size):
             columns = source.columns(c)
             count = columns.shape[0]
-            for n in chunks(self.samples, max(1, size // count)):
+            for n in chunks(self.shard.total, max(1, size // count)):  # samples of all ranks
                 # cotangent (n, c) is column c in row n, zero elsewhere
-                index = torch.arange(n.start, n.stop, device=columns.device)
-                spread = columns.new_zeros(len(index), *columns.shape)
-                spread[torch.arange(len(index), device=index.device), :, index] = columns[:, index].transpose(0, 1)
+                first, last = (min(max(k - self.shard.first, 0), self.samples) for k in (n.start, n.stop))
+                index = torch.arange(first, last, device=columns.device)  # those that are here
+                here = index + self.shard.first - n.start
+                spread = columns.new_zeros(n.stop - n.start, *columns.shape)
+                spread[here, :, index] = columns[:, index].transpose(0, 1)
                 cotangents, own = spread.flatten(0, 1), {}
                 if self._keep_own:
                     with self.back.closed(sums=True):
                         held = self.pull_whole(cotangents, names)
                     own = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
                 for name, rows in self.pull_whole(cotangents, names).items():
-                    yield Rows(name, rows.unflatten(0, (len(index), count)), n, c, own.get(name))
+                    if len(index):
+                        some = rows.unflatten(0, (-1, count))[int(here[0]) : int(here[-1]) + 1]
+                        yield Rows(name, some, slice(first, last), c, own.get(name))
 
     def _coupled(
         self, source: Source, names: list[str], directions: Directions | TruncatedDirections, squares: bool

@@ -40,6 +40,7 @@ class InfluenceGrad(Quantity):
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """A way of its own."""
+        _in_one_process(self, batch)
         return {"influence": Influence(batch)}
 
     def add(self, state: Result, key: str, rows: Rows) -> None:
@@ -70,6 +71,7 @@ class InfluenceProjection(Quantity):
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """A way of its own."""
+        _in_one_process(self, batch)
         direction = self.direction
         if direction is None:
             gradients = torch.autograd.grad(
@@ -111,3 +113,11 @@ class InfluenceProjection(Quantity):
     def withdraw(self, parameters: Parameters) -> None:
         """Forget it."""
         self.result = None
+
+
+def _in_one_process(quantity: Quantity, batch: Batch) -> None:
+    if batch.ranks.everybody.size > 1:
+        raise ValueError(
+            f"{type(quantity).__name__} weights the samples of one process: over several ranks it is not supported. "
+            "Compute it on one process with all samples, or use ComponentGrad."
+        )

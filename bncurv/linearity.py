@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from bncurv.precision import EXACT, ROUGHLY, ROUNDING
 from bncurv.probes import loudness, pattern, power_of_two
+from bncurv.ranks import ALONE, Ranks
 
 FEW = 24  # rows that are compared, at most
 Ends = Sequence[GradientEdge | Tensor]
@@ -32,26 +33,27 @@ class Verdict(Enum):
     NOT_LINEAR = "ordinary passes are not linear, or not twice the same"
 
 
-def examine(pull: Pull, u: Tensor, rows: list[Tensor | None]) -> Verdict:
+def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], ranks: Ranks = ALONE) -> Verdict:
     """Compare rows with an ordinary pass, and with a few more where they differ.
 
     Args:
         pull: an ordinary pass.
         u: the cotangents that were pulled, ``[q, *output]``.
         rows: what came of them, ``[q, *edge]`` per edge.
+        ranks: those that go through the same passes, each with its own samples.
     """
     step = _step(len(u))
     u, rows = u[::step], [None if r is None else r[::step] for r in rows]  # views: rows may be large
-    weights = _weights(u, rows)
+    weights = _weights(u, rows, ranks)
     probe = _mixed(weights, u)
     expected = [None if r is None else _mixed(weights, r) for r in rows]
     ordinary = pull(probe)
     apart, limits = _apart(ordinary, expected), torch.finfo(u.dtype)
     least = limits.tiny / limits.eps  # smaller numbers have not all their digits
-    if all(d <= EXACT[u.dtype] * size + least for d, size in apart):
+    if ranks.all(all(d <= EXACT[u.dtype] * size + least for d, size in apart)):
         return Verdict.RIGHT
     half = pull(0.5 * probe)
-    if not all(d <= EXACT[u.dtype] * size + least for d, size in _apart(half, ordinary, 0.5)):
+    if not ranks.all(all(d <= EXACT[u.dtype] * size + least for d, size in _apart(half, ordinary, 0.5))):
         return Verdict.NOT_LINEAR
     moved = [_apart(pull(factor * probe), ordinary, factor) for factor in (0.7, 0.9, 1.3, 0.55, 1.1, 1.7)]
     noise = [max(d for d, _ in by_factor) for by_factor in zip(*moved, strict=True)]
@@ -59,7 +61,7 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None]) -> Verdict:
     explained = (
         d <= max(ROUGHLY[u.dtype] * size, ROUNDING * n, floor) for (d, size), n in zip(apart, noise, strict=True)
     )
-    return Verdict.RIGHT if all(explained) else Verdict.OTHER_ROWS
+    return Verdict.RIGHT if ranks.all(all(explained)) else Verdict.OTHER_ROWS
 
 
 def _step(count: int) -> int:
@@ -73,7 +75,7 @@ def _mixed(weights: Tensor, t: Tensor) -> Tensor:
     return (weights @ t.reshape(len(t), -1)).view(1, *t.shape[1:])
 
 
-def _weights(u: Tensor, rows: list[Tensor | None]) -> Tensor:
+def _weights(u: Tensor, rows: list[Tensor | None], ranks: Ranks) -> Tensor:
     """Weights ``[q]`` that make all rows as loud as the loudest, as far as digits allow: none may hide another.
 
     Rows that are zero count for as loud as the others make them by their cotangents.
@@ -82,6 +84,7 @@ def _weights(u: Tensor, rows: list[Tensor | None]) -> Tensor:
         return u.new_ones(1)
     sent, limits = loudness(u), torch.finfo(u.dtype)
     found = torch.stack([torch.zeros_like(sent), *(loudness(r) for r in rows if r is not None)]).amax(0)
+    sent, found = torch.stack(ranks.gather(torch.stack([sent, found]), "check")).amax(0)  # the same on all ranks
     alike = (found / sent.clamp(min=limits.tiny)).amax() * sent
     level = power_of_two(torch.where(found > 0, found.maximum(limits.eps**0.5 * alike), alike))
     return pattern(sent.shape, u) * (level.amax() / level).to(u.dtype)  # torch 2.6 has made it float64

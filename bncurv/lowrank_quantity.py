@@ -13,6 +13,7 @@ from bncurv.budget import SMALL_BYTES
 from bncurv.lowrank import BatchOperator, LowRank, MatrixFreeGGN
 from bncurv.lowrank.rows import OF_NONE
 from bncurv.quantities import Parameters, Quantity, combine
+from bncurv.ranks import Ranks
 
 
 class _Collected(NamedTuple):
@@ -109,9 +110,15 @@ class LowRankGGN(Quantity):
 
     def _works_free(self, batch: Batch) -> bool:
         """Whether to work matrix-free: decided by the first mini-batch. Refuses a V that does not fit."""
-        whole, free = batch.loss.whole, self.matrix_free
-        rows = len(whole.columns) if whole is not None else batch.samples * batch.loss.factor.columns_per_sample
-        need = sum(p.numel() * p.element_size() for p in batch.parameters.values()) * (rows + batch.samples)
+        whole, free, several = batch.loss.whole, self.matrix_free, batch.ranks.everybody.size > 1
+        samples = batch.all_samples
+        rows = len(whole.columns) if whole is not None else samples * batch.loss.factor.columns_per_sample
+        need = sum(p.numel() * p.element_size() for p in batch.parameters.values()) * (rows + samples)
+        if several and (free or whole is not None):
+            raise ValueError(
+                "LowRankGGN(matrix_free=True), and losses that compare samples, work in one process only; over several "
+                "ranks pass matrix_free=False, which holds V of all samples on each of them."
+            )
         if free and whole is not None:
             raise ValueError(f"LowRankGGN(matrix_free=True) goes by samples, but {batch.loss.compares}")
         if free and not batch.graph_survives:
@@ -121,10 +128,11 @@ class LowRankGGN(Quantity):
             )
         if free is None:
             able = whole is None and self.top is not None and self.groups is None and batch.graph_survives
+            able = able and not several
             free = batch.memo.setdefault(self.field, able and need > SMALL_BYTES)
         if not free and need > self.memory:
             raise ValueError(
-                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={batch.samples}, {rows // batch.samples} "
+                f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={samples}, {rows // samples} "
                 f"columns per sample, {sum(p.numel() for p in batch.parameters.values())} parameters), more than "
                 f"memory={self.memory / 2**30:.1f} GiB. Use LowRankGGN(top=k, matrix_free=True), fewer samples or "
                 "parameters (params=...), or raise memory=."
@@ -163,6 +171,18 @@ class LowRankGGN(Quantity):
         weights = None if state.weights is None else state.weights.flatten()
         gradients = {} if weights is not None else {name: g[:, 0] for name, g in state.blocks["gradient"].items()}
         return _Factor({name: v.flatten(0, 1) for name, v in V.items()}, samples, weights, gradients)
+
+    def reduce(self, part: _Operators | _Factor, ranks: Ranks, sharing: int) -> _Operators | _Factor:
+        """V of all samples, on every rank: whatever is asked of it later needs no message."""
+        if ranks.size == 1 or isinstance(part, _Operators):
+            return part
+        counts = [int(n) for n in ranks.numbers(float(part.samples[-1]) + 1)]
+        samples = ranks.rows(part.samples + sum(counts[: ranks.rank]), "V")
+        weights = None if part.weights is None else ranks.rows(part.weights, "V")
+        rows, gradients = (
+            {name: ranks.rows(t, "V") for name, t in some.items()} for some in (part.rows, part.gradients)
+        )
+        return _Factor(rows, samples, weights, gradients)
 
     def merge(self, parts: Sequence[Any], shares: Sequence[float]) -> _Operators | _Factor:
         """Σ_b share_b G_b: rows of V concatenated times √share, gradients times their share."""

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from bncurv.graph import Site, Trace
 from bncurv.linearity import Ends, Pull, Verdict, examine
 from bncurv.probes import pattern
+from bncurv.ranks import ALONE, RankFailure, Ranks
 from bncurv.slow import warn_slow
 from bncurv.structure import Structure
 
@@ -25,7 +26,7 @@ def vjp(outputs: Ends, edges: Ends, cotangents: list[Tensor], singly: bool = Fal
     if count > 1 and not singly and not torch.is_anomaly_enabled():
         try:
             return _batched(pull, outputs, edges, cotangents)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RankFailure):
             raise
         except RuntimeError:  # a backward that vmap cannot batch (item(), numpy, anomaly mode): one by one
             pass
@@ -87,6 +88,7 @@ class Passes:
         structure: its structure.
         tick: called with the number of backward passes just done.
         quiet: parameters whose rows are nothing but rounding.
+        ranks: those that share batch statistics, and go through the same passes.
 
     Attributes:
         samples: N.
@@ -100,7 +102,9 @@ class Passes:
         structure: Structure,
         tick: Callable[[int], object] | None = None,
         quiet: Iterable[Tensor] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.output, self.sites, self.structure = output, trace.sites, structure
         self.samples, self.count, self._tick, self._trace = output.shape[0], 0, tick, trace
         self._gates, self._examined, self._singly = "open", set[str](), False
@@ -159,7 +163,9 @@ class Passes:
         verdict, pull = self._verdict(start, [edges[i] for i in watched], u, [rows[i] for i in watched])
         if verdict is Verdict.OTHER_ROWS and len(u) > 1:
             rows, self._singly = vjp([start], edges, [u], singly=True), True
-            verdict = Verdict.RIGHT if self._trace.plain else examine(pull, u, [rows[i] for i in watched])
+            verdict = Verdict.RIGHT
+            if not self._trace.plain:
+                verdict = examine(pull, u, [rows[i] for i in watched], self.ranks)
             if verdict is Verdict.RIGHT:
                 warn_slow(
                     f"PyTorch's batched backward pass (torch.vmap) differs from ordinary ones {self._where(edges)}. "
@@ -185,7 +191,7 @@ class Passes:
         if len(u) == 1 and not self._trace.plain:  # one cotangent tells no linear map from another: beside a second one
             u = torch.cat([u, pattern(u.shape, u)])
             rows = pull(u)
-        return examine(pull, u, rows), pull
+        return examine(pull, u, rows, self.ranks), pull
 
     def demand_linear(self, edges: Ends, u: Tensor) -> None:
         """Raise RuntimeError unless passes of the output's cotangent ``u`` are those of a linear map."""

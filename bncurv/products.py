@@ -19,6 +19,7 @@ from bncurv.linearity import Verdict, examine
 from bncurv.order import Order, per_sample
 from bncurv.passes import vjp
 from bncurv.precision import within_range
+from bncurv.ranks import ALONE, Ranks
 from bncurv.squares import sum_squares
 from bncurv.structure import Structure
 
@@ -35,6 +36,7 @@ class Products:
             mean only: for z = W x the mean's part of the coupling makes Σ_s δ_s x_s to Σ_s δ_s (x_s - x̄). Centring x
             does it for nothing, and what cancels (a bias, a constant feature) is never formed.
         keep: whether operands made from the layers' inputs are kept for the next use.
+        ranks: those that share batch statistics: means are over the samples of all of them.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Products:
         samples: int,
         centred: Collection[int] = (),
         keep: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._trace, self._structure, self.wanted, self.samples = trace, structure, wanted, samples
         self.uses, self.centred = structure.uses, centred
         self._room = RIGHT_BYTES if keep else 0
@@ -111,7 +115,8 @@ class Products:
             right = self._trace.sites[j].call.right(role)
             assert right is not None  # its size is not 0
             if j in self.centred:
-                right = right - self._means.setdefault(key, right.mean((1, 2), True))
+                known = self.mean(j, role) if self._ranks.size > 1 or key in self._means else right.mean((1, 2), True)
+                right = right - self._means.setdefault(key, known)
             self._rights[key] = right
         return self._rights[key][:, rows] if key in self._rights else self._make_right(j, role, rows)
 
@@ -137,8 +142,16 @@ class Products:
                 assert x is not None  # of ones there is no mean
                 sums.append(x.sum((1, 2), True))
                 count += x.shape[1:3].numel()
-            self._means[j, role] = torch.stack(sums).sum(0) / count
+            total, number = self._ranks.sum([torch.stack(sums).sum(0), sums[0].new_tensor([count])], "means of inputs")
+            self._means[j, role] = total / number
         return self._means[j, role]
+
+    def prepare_means(self) -> None:
+        """All means of centred operands, now and in one order on all ranks."""
+        for name in self.wanted if self._ranks.size > 1 else ():
+            for j, role in self.uses.get(name, ()):
+                if j in self.centred and self._one_row(j, role) is not None:
+                    self.mean(j, role)
 
     # ---------------------------------------------------------------- products
     def summed_at(self, j: int, role: str, delta: Tensor) -> Tensor:

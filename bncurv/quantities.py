@@ -24,6 +24,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
 from bncurv.blocks import Batch, Rows, Source, Squares, WholeBatch
+from bncurv.ranks import Ranks
 
 Result = dict[str, Tensor]
 Parameters = Mapping[str, Tensor]
@@ -72,6 +73,11 @@ class Quantity(BackpropExtension):
         """S; of a loss that compares samples as columns of the whole batch, for who asks for no samples' rows."""
         if batch.loss.whole is None:
             return batch.loss.factor
+        if batch.ranks.everybody.size > 1:
+            raise ValueError(
+                f"{type(self).__name__}: {batch.loss.compares} Over several processes, each compares its own samples "
+                "only, and their Hessian's factor is not known to bncurv. Compute on one process."
+            )
         if not self.squares_only:
             raise ValueError(f"{type(self).__name__} goes by samples, but {batch.loss.compares}")
         return WholeBatch(batch.loss.whole.columns)
@@ -87,6 +93,17 @@ class Quantity(BackpropExtension):
     def finish(self, state: Any) -> Any:
         """What is left of one mini-batch: the state itself, ``{parameter name: tensor}``."""
         return state
+
+    def reduce(self, part: Any, ranks: Ranks, sharing: int) -> Any:
+        """The part of one mini-batch over all ranks: sums add up, what is per component stays with its samples.
+
+        Args:
+            part: this rank's.
+            ranks: all ranks.
+            sharing: how many of them share batch statistics: columns of the whole batch are pulled back together, and
+                so counted by each of these.
+        """
+        return part if self.per_component else ranks.sums(part, "results")
 
     def merge(self, parts: Sequence[Any], shares: Sequence[float]) -> Any:
         """Sum of several mini-batches' parts, or their concatenation per component, each times its share."""
@@ -221,6 +238,18 @@ class ComponentVariance(Quantity):
         block = Moments(len(rows.values), new, _squares(rows.values - new, (0, 1)))
         state[rows.name] = state[rows.name].joined(block)
 
+    def reduce(self, part: dict[str, Moments], ranks: Ranks, sharing: int) -> dict[str, Moments]:
+        """Moments of all ranks' components together."""
+        if ranks.size == 1:
+            return part
+        numbers = [int(n) for n in ranks.numbers(next(iter(part.values())).number)]
+        means, spreads = (
+            {name: ranks.gather(getattr(m, key), "results") for name, m in part.items()} for key in ("mean", "spread")
+        )
+        return {
+            name: functools.reduce(Moments.joined, map(Moments, numbers, means[name], spreads[name])) for name in part
+        }
+
     def merge(self, parts: Sequence[dict[str, Moments]], shares: Sequence[float]) -> dict[str, Moments]:
         """Moments of all components together, each times its mini-batch's share."""
         scaled = [{name: m.times(share) for name, m in part.items()} for part, share in zip(parts, shares, strict=True)]
@@ -277,6 +306,10 @@ class SqrtGGNExact(Quantity):
     def add(self, state: Result, key: str, rows: Rows) -> None:
         """V, columns first."""
         state[rows.name][rows.c, rows.n] = rows.values.transpose(0, 1)
+
+    def reduce(self, part: Result, ranks: Ranks, sharing: int) -> Result:
+        """Rows stay with their samples."""
+        return part
 
     def merge(self, parts: Sequence[Result], shares: Sequence[float]) -> Result:
         """Concatenated along the samples, times √share."""

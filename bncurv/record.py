@@ -51,6 +51,8 @@ from bncurv.marks import (
     plain_tensor,
 )
 from bncurv.meeting import ELEMENTWISE, EXPANDING, computed, copied, name_of, spread
+from bncurv.ranks import ALONE, Ranks
+from bncurv.sync import arguments_of, sync_batch_norm
 
 HALF = (torch.float16, torch.bfloat16)
 _TRAIN = BatchNormTrain()
@@ -98,11 +100,12 @@ class Recorder(TorchFunctionMode):
     Args:
         model: the model that runs in the block; gives modules their names.
         private: nobody but us pulls through the graph, so ``retain_grad()`` in its code means nothing.
+        ranks: those that share the statistics of `torch.nn.SyncBatchNorm`.
     """
 
-    def __init__(self, model: nn.Module, private: bool = False) -> None:
+    def __init__(self, model: nn.Module, private: bool = False, ranks: Ranks = ALONE) -> None:
         super().__init__()
-        self._private, self._model = private, model
+        self._private, self._model, self._ranks = private, model, ranks
         self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
         self._learnt = {id(p) for p in model.parameters()}
         self._fixed = {id(b) for b in model.buffers()}
@@ -113,6 +116,8 @@ class Recorder(TorchFunctionMode):
         register_module_forward_pre_hook(self._enter_module)
         register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
         run_eagerly(self)
+        for m in self._synchronised():
+            vars(m)["forward"] = partial(self._sync_batch_norm, m)  # its own is no torch function, and wants a GPU
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
@@ -123,12 +128,27 @@ class Recorder(TorchFunctionMode):
     def stop(self) -> None:
         """Take back all but the function mode itself; may be called again, also if nothing had begun."""
         release(self)
+        for m in self._synchronised():
+            if getattr(getattr(vars(m).get("forward"), "func", None), "__self__", None) is self:
+                del vars(m)["forward"]
         for table in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
             for key, hook in list(table.items()):
                 if getattr(hook, "__self__", None) is self:
                     torch_module._global_forward_hooks_with_kwargs.pop(key, None)
                     torch_module._global_forward_hooks_always_called.pop(key, None)
                     table.pop(key, None)
+
+    def _synchronised(self) -> list[nn.SyncBatchNorm]:
+        """The layers whose statistics are those of several ranks."""
+        return [m for m in self._model.modules() if isinstance(m, nn.SyncBatchNorm) and self._ranks.size > 1]
+
+    def _sync_batch_norm(self, m: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        """In place of the forward of `torch.nn.SyncBatchNorm`."""
+        arguments, on_batch = arguments_of(m, x)
+        if not on_batch:
+            return nnf.batch_norm(**arguments)
+        with torch._C.DisableTorchFunction():
+            return self._batch_norm(arguments, partial(sync_batch_norm, ranks=self._ranks))
 
     @staticmethod
     def watches() -> bool:
@@ -275,13 +295,13 @@ class Recorder(TorchFunctionMode):
         if x.grad_fn is not None:
             metadata(x.grad_fn).setdefault(RETAINED, []).append(weakref.ref(x))
 
-    def _batch_norm(self, arguments: dict[str, Any]) -> Tensor:
+    def _batch_norm(self, arguments: dict[str, Any], layer: Callable = batch_norm) -> Tensor:
         kind, arguments = type(arguments["input"]), {role: plain_tensor(t) for role, t in arguments.items()}
         x, affine = arguments["input"], {role: arguments.get(role) for role in ("weight", "bias")}
         fused = all(p is None or p.is_leaf for p in affine.values())
         if not fused:  # a computed weight must stay on the graph: normalise, then multiply
             arguments = {**arguments, "weight": None, "bias": None}
-        y, coupling, statistics = batch_norm(arguments, self._stack[-1], self._gates)
+        y, coupling, statistics = layer(arguments, self._stack[-1], self._gates)
         self._mark(y, _TRAIN, {**arguments, **statistics}, coupling)
         if not fused:
             axes = (1, -1) + (1,) * (x.dim() - 2)

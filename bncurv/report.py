@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bncurv.blocks import Batch, Rows
 from bncurv.quantities import Quantity
+from bncurv.ranks import Ranks
 
 
 @dataclass(eq=False)
@@ -85,6 +86,19 @@ class CouplingReport(Quantity):
         flat = [p["P"] for p in coupled if len(p["P"]) == size]
         AA = next(p["AA"] for p in coupled if len(p["P"]) == size)
         return LayerCoupling(own, full, size, AA, sum(P @ P.T for P in flat))
+
+    def reduce(self, part: dict[str, LayerCoupling], ranks: Ranks, sharing: int) -> dict[str, LayerCoupling]:
+        """Traces and AᵀA of all ranks' components together; P is the same on those that share statistics."""
+        if ranks.size == 1:
+            return part
+        traces = torch.tensor([[c.own_trace, c.full_trace] for c in part.values()], dtype=torch.float64)
+        like = next(iter(part.values()))._AA
+        own, full = ranks.sum([traces.to(like.device)], "results")[0].T.tolist()
+        gram = ranks.sum([c._AA for c in part.values()], "results")
+        return {
+            layer: LayerCoupling(own[i], full[i], c.directions, gram[i], c._PP)
+            for i, (layer, c) in enumerate(part.items())
+        }
 
     def merge(self, parts: Sequence[dict[str, LayerCoupling]], shares: Sequence[float]) -> dict[str, LayerCoupling]:
         """The first mini-batch's report."""

@@ -24,13 +24,26 @@ import torch
 from bncurv.blocks import Batch, Rows, Source, WholeBatch
 from bncurv.factor import Factor
 from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, combine, zeros
+from bncurv.ranks import Ranks
+
+STRIDE = 0x9E3779B97F4A7C15  # between the seeds of ranks
 
 
-def generator_of_call(quantities: Iterable[Quantity], device: torch.device) -> torch.Generator | None:
-    """Random numbers for one call, seeded by one draw of the global random state; ``None`` where none are needed."""
+def generator_of_call(quantities: Iterable[Quantity], device: torch.device, rank: int = 0) -> torch.Generator | None:
+    """Random numbers for one call, seeded by one draw of the global random state; ``None`` where none are needed.
+
+    Other ones on every rank, whose global states may be the same.
+    """
     if not any(q.draws for q in quantities):
         return None
-    return torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, (), device="cpu")))
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    return torch.Generator(device).manual_seed((seed + rank * STRIDE) % 2**63)
+
+
+def apart(generator: torch.Generator, rank: int) -> torch.Generator:
+    """Random numbers of one rank, seeded by a draw of a generator that may be the same on all of them."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    return torch.Generator(generator.device).manual_seed((seed + rank * STRIDE) % 2**63)
 
 
 class _Sampled(Quantity):
@@ -57,7 +70,10 @@ class _Sampled(Quantity):
 
     def draw(self, batch: Batch) -> Factor:
         """M random columns per sample."""
-        return batch.loss.sample(self.mc_samples, self.kind, self.generator or batch.generator)
+        generator, everybody = self.generator or batch.generator, batch.ranks.everybody
+        if self.generator and everybody.size > 1:  # the same seed on all ranks must not give the same draws
+            generator = apart(self.generator, everybody.rank)
+        return batch.loss.sample(self.mc_samples, self.kind, generator)
 
 
 class DiagGGNMC(_Sampled):
@@ -90,6 +106,11 @@ class DiagGGNMC(_Sampled):
         if m == 1:
             return mean, {}
         return mean, {name: (s / m - mean[name] ** 2).clamp(min=0) / (m - 1) for name, s in state[1].items()}
+
+    def reduce(self, part: tuple[Result, Result], ranks: Ranks, sharing: int) -> tuple[Result, Result]:
+        """Estimates of the groups that share batch statistics add up, and so do their independent variances."""
+        mean, variance = (ranks.sums(one, "results") for one in part)
+        return tuple({name: t / sharing for name, t in one.items()} for one in (mean, variance))  # type: ignore
 
     def merge(self, parts: Sequence[tuple[Result, Result]], shares: Sequence[float]) -> tuple[Result, Result]:
         """Means add up, and so do the variances of independent draws."""

@@ -42,7 +42,9 @@ class TruncatedDirections:
     ) -> None:
         self._passes, self._products, self._costs, self._names = passes, products, costs, names
         a = torch.cat([self._all_coefficients(s) for s in sources])  # [K, R]
-        squares, U = torch.linalg.eigh((a.T @ a).double())
+        (gram,) = passes.ranks.sum([(a.T @ a).double()], "AᵀA")
+        squares, U = torch.linalg.eigh(gram)
+        U = passes.ranks.gather(U, "basis of the statistics")[0]  # one rank's signs and bases for all
         squares, U = squares.flip(0).clamp(min=0), U.flip(1)
         tail = squares.flip(0).cumsum(0).flip(0)  # Σ_{q >= r}
         self.kept = int((tail > tol**2 * tail[0]).sum())
@@ -75,7 +77,7 @@ class TruncatedDirections:
             deltas = dict(zip(sites, passes.vjp(statistics, structure.edges(sites), cotangents), strict=True))
             for name in names:
                 parts[name].append(products.summed(name, deltas, len(directions[q]), {}))
-        return {name: torch.cat(p) for name, p in parts.items()}
+        return passes.ranks.sums({name: torch.cat(p) for name, p in parts.items()}, "P")
 
     def read(self, delta: Mapping[int, Tensor | None], count: int) -> None:
         """Take the coefficients of ``count`` columns from their cotangents with closed gates."""

@@ -12,8 +12,8 @@ FILES = {
 }
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
-    {"undo", "slow", "turns", "eager", "autocast", "nested"},
-    {"budget", "precision", "probes", "order", "gate", "batchnorm", "einsum", "recurrent", "layers", "factor", "losses",
+    {"undo", "slow", "turns", "eager", "autocast", "nested", "ranks"},
+    {"budget", "precision", "probes", "order", "gate", "batchnorm", "sync", "einsum", "recurrent", "layers", "factor", "losses",
      "loss_calls", "heads", "bodies"},
     {"constants", "marks", "meeting", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
