@@ -20,8 +20,9 @@ from bncurv.context import active, foreign, ran
 from bncurv.graph import trace
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss
-from bncurv.placement import check_around, check_placement
+from bncurv.placement import check_placement
 from bncurv.quantities import Quantity
+from bncurv.ranks import ALONE, Indices, Ranks
 from bncurv.recording import Recording, behind
 from bncurv.sampling import generator_of_call
 from bncurv.slow import user_level, warn_slow
@@ -74,10 +75,24 @@ def run(call: LossCall, g: Tensor) -> None:
     if call.problem:
         raise RuntimeError(f"{quantity}: {loss} has a backward hook, and {call.problem}.")
     recordings, retained = behind(call.output)
+    ranks = recordings[0].ranks if recordings else ALONE
+    with ranks.everybody.together():
+        _run(call, g, quantities, recordings, retained, ranks)
+    ran(quantities)
+
+
+def _run(
+    call: LossCall,
+    g: Tensor,
+    quantities: list[Quantity],
+    recordings: list[Recording],
+    retained: list[Tensor],
+    ranks: Ranks,
+) -> None:
+    """Check, and compute."""
+    loss, quantity = type(call.loss_fn).__name__, type(quantities[0]).__name__
     _check_models(recordings, loss, quantity)
     wanted = _parameters(recordings)
-    for recording in recordings:
-        check_around(recording.around)
     for model in _models(recordings):
         check_placement(model, wanted)
     check_output(call.output, call.target, wanted)
@@ -90,8 +105,7 @@ def run(call: LossCall, g: Tensor) -> None:
         _warn_of_detached(quantity)
     if retained:
         _warn_of_single_passes(retained, quantity)
-    without_trace(partial(_compute, call, g, quantities, recordings, wanted, retained))
-    ran(quantities)
+    without_trace(partial(_compute, call, g, quantities, recordings, wanted, retained, ranks))
 
 
 def _compute(
@@ -101,15 +115,17 @@ def _compute(
     recordings: list[Recording],
     wanted: dict[str, Tensor],
     retained: list[Tensor],
+    ranks: Ranks,
     undo: Undo,
 ) -> None:
     """All quantities, delivered to the parameters: all of them or none."""
-    generator = generator_of_call(quantities, call.output.device)
+    generator = generator_of_call(quantities, call.output.device, ranks.everybody.rank)
     grads = {name: p.grad for name, p in wanted.items() if not p._backward_hooks}  # .grad is what a hook makes of it
     delivered = keep_attributes(undo, wanted.values())
     _leave_as_is(undo, recordings, [*wanted.values(), *retained])
     with torch.enable_grad():
-        at_batch = LossAtBatch(call.loss_fn, call.output, call.target, float(g))
+        scale = float(g) / ranks.everybody.size  # as DistributedDataParallel trains: the mean of the ranks' losses
+        at_batch = LossAtBatch(call.loss_fn, call.output, call.target, scale)
         leaf = call.output.detach().requires_grad_()
         value = call.loss_fn.forward(leaf, call.target)
         (gradient,) = torch.autograd.grad(value, leaf, g.detach())  # in the loss' own dtype, to the bit
@@ -117,7 +133,11 @@ def _compute(
         for gates in {site.coupling.gates for site in found.sites if site.mark.coupling}:
             undo.note(gates.open)
         check = expect_gradient(type(call.loss_fn).__name__, call.output, gradient, wanted, grads, quantities)
-        batch = Batch(call.output, at_batch, wanted, found, graph_survives=False, generator=generator)
+        counts, elsewhere = Indices(ranks.everybody).of(len(call.output), ranks)
+        batch = Batch(
+            call.output, at_batch, wanted, found, graph_survives=False, generator=generator, ranks=ranks, counts=counts,
+            elsewhere=elsewhere,
+        )  # fmt: skip
         parts, _ = compute(batch, quantities, _NO_BAR, chunk_size=1 if retained else None)
     for q in quantities:
         q.deliver(q.fields(parts[q.field]), wanted)

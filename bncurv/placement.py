@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bncurv.slow import listed
 
-_ALONE = "Compute on the plain module, in one process: nothing is reduced over several processes yet"
+_ALONE = "Compute on the plain module, whole and on one device of each process"
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -81,32 +81,9 @@ def _is(thing: Any, module: str, name: str) -> bool:
 
 
 def _several_processes(module: Any) -> str | None:
-    """How a module needs other processes or devices."""
+    """How a module spreads its parameters, or one process' batch."""
     if _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
         return "FullyShardedDataParallel, keeps parameters in flat tensors of its own, spread over processes"
     if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
         return f"DataParallel, splits the batch over {len(module.device_ids)} devices"
-    if isinstance(module, nn.parallel.DistributedDataParallel) and _processes(module) > 1:
-        return f"DistributedDataParallel, averages the loss over {_processes(module)} processes"
-    if isinstance(module, nn.SyncBatchNorm) and (module.training or module.running_mean is None):
-        if _processes(module) > 1:
-            return f"SyncBatchNorm, shares its statistics with {_processes(module)} processes"
     return None
-
-
-def _processes(module: Any) -> int:
-    """How many processes a module works with."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size(module.process_group)
-
-
-def around() -> str | None:
-    """The problem with the DistributedDataParallel that calls the module that is running now, if there is one."""
-    return _several_processes(getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None))
-
-
-def check_around(problem: str | None) -> None:
-    """Raise TypeError for a problem that `around` found."""
-    if problem:
-        raise TypeError(f"the extended model is called by {problem}. {_ALONE}.")

@@ -244,6 +244,12 @@ def ranks_of(model: nn.Module, process_group: Any = None) -> Ranks:
     return everybody if group == (process_group or own or dist.group.WORLD) else Ranks(group, everybody)
 
 
+def wrapper_of(model: nn.Module) -> nn.Module:
+    """The `DistributedDataParallel` that runs a model just now; else the model."""
+    active: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    return active if active is not None and any(m is model for m in active.modules()) else model
+
+
 class Sum(torch.autograd.Function):  # noqa: D101
     # Σ over ranks as a node of the graph: of batches of cotangents too, and any number of times differentiable
 

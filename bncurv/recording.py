@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from bncurv.context import joins_backpack
 from bncurv.marks import MODEL, RETAINED, metadata
 from bncurv.nested import held
-from bncurv.placement import around
+from bncurv.ranks import ALONE, Ranks, ranks_of, wrapper_of
 from bncurv.record import Recorder
 from bncurv.undo import Undo, without_trace
 from bncurv.untouched import keep_modes
@@ -30,14 +30,14 @@ class Recording:
         model: the model, weakly.
         joined: whether BackPACK's hooks were on its modules.
         disabled: whether BackPACK's ``disable()`` was in force, so that nothing was recorded.
-        around: a caller that works with other processes.
+        ranks: those that share its batch statistics.
         rests: whether backward hooks of its modules rest now.
     """
 
     model: weakref.ref[nn.Module]
     joined: bool
     disabled: bool
-    around: str | None
+    ranks: Ranks = ALONE
     rests: bool = False
 
 
@@ -47,7 +47,8 @@ def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
     forward = module._bncurv.plain(module)
     if Recorder.watches() or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    recording = Recording(weakref.ref(module), joins_backpack(module), not disable.should_store_io(), around())
+    disabled, ranks = not disable.should_store_io(), ranks_of(wrapper_of(module))
+    recording = Recording(weakref.ref(module), joins_backpack(module), disabled, ranks)
     if recording.disabled:
         output = forward(*args, **kwargs)
     else:
@@ -60,7 +61,7 @@ def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _watch(recording: Recording, module: nn.Module, forward: Callable[[], Any], undo: Undo) -> Any:
     keep_modes(undo)
-    recorder = Recorder(module)
+    recorder = Recorder(module, ranks=recording.ranks)
     undo.note(recorder.stop)
     for m in module.modules():
         for table in (m._backward_hooks, m._backward_pre_hooks):

@@ -13,8 +13,8 @@ FILES = {
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
     {"undo", "slow", "turns", "eager", "autocast", "nested", "ranks"},
-    {"budget", "precision", "probes", "order", "gate", "batchnorm", "sync", "einsum", "recurrent", "layers", "factor", "losses",
-     "loss_calls", "heads", "bodies"},
+    {"budget", "precision", "probes", "order", "gate", "batchnorm", "sync", "einsum", "recurrent", "layers", "factor",
+     "losses", "loss_calls", "heads", "bodies"},
     {"constants", "marks", "meeting", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},

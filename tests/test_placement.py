@@ -72,23 +72,6 @@ def test_distributed_data_parallel_with_one_process(processes: None) -> None:
     assert_close(of_gesture(inner, DistributedDataParallel(inner)), want)
 
 
-@pytest.mark.parametrize("processes", [2], indirect=True)
-def test_several_processes_are_refused(processes: None) -> None:
-    inner = net()
-    model = DistributedDataParallel(inner)
-    with pytest.raises(TypeError, match="^DistributedDataParallel, averages the loss over 2 proc.*on the plain module"):
-        diagonal(model)
-    with pytest.raises(TypeError, match="called by DistributedDataParallel, averages the loss over 2 processes"):
-        of_gesture(inner, model)
-    with pytest.raises(TypeError, match="^DistributedDataParallel, averages"):
-        of_gesture(model := DistributedDataParallel(net()), model)
-    plain = net()
-    assert_close(of_gesture(plain, plain), reference.ggn_diagonal(net(), CE, X, y))
-    shared = nn.Sequential(nn.Linear(4, 3), nn.SyncBatchNorm(3))
-    with pytest.raises(TypeError, match="^module '1', SyncBatchNorm, shares its statistics with 2 processes"):
-        diagonal(shared)
-
-
 @pytest.mark.parametrize("processes", [1], indirect=True)
 def test_sharded_parameters_are_refused(processes: None) -> None:
     """Before the forward pass, which would reach other tensors than the parameters."""

@@ -1,0 +1,252 @@
+"""What several processes do together in `test_ranks.py`: each job runs on every rank, its results are compared there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from backpack import backpack
+from torch import Tensor, nn
+
+from bncurv import (
+    ComponentGrad,
+    ComponentVariance,
+    CouplingReport,
+    DiagGGNExact,
+    DiagGGNMC,
+    LowRankGGN,
+    SumComponentGradSquared,
+    curvature,
+    extend,
+)
+
+CE = nn.CrossEntropyLoss()
+SHARDS = {2: {"even": (8, 8), "uneven": (9, 3)}, 4: {"uneven": (3, 5, 1, 6)}}
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()]
+    return perturbed(nn.Sequential(*layers, nn.Linear(4, 3)))
+
+
+class Residual(nn.Module):
+    """Convolutions, a shortcut, BatchNorm at three places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.na = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.b, self.nb = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.n, self.o = nn.BatchNorm2d(3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.na(self.a(x.view(-1, 1, 2, 3))))
+        h = self.n(h + self.nb(self.b(h)))
+        return self.o(h.mean((2, 3)))
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return perturbed(Residual())
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5) if p.dim() > 1 else nn.init.uniform_(p, 0.5, 1.5)
+    return model.double()
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": cnn}
+
+
+def batch(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, generator=g, dtype=torch.float64), torch.randint(3, (count,), generator=g)
+
+
+def mine(shards: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor]:
+    """This rank's part of the batch."""
+    X, y = batch(sum(shards), seed)
+    first = sum(shards[: dist.get_rank()])
+    here = slice(first, first + shards[dist.get_rank()])
+    return X[here], y[here]
+
+
+def synced(model: nn.Module, group: Any = None) -> nn.Module:
+    """As it is trained: SyncBatchNorm inside DistributedDataParallel."""
+    return nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model, group))
+
+
+def quantities() -> tuple[Any, ...]:
+    return DiagGGNExact(), ComponentGrad(), ComponentVariance(), SumComponentGradSquared(), LowRankGGN()
+
+
+def told(res: Any) -> dict[str, Any]:
+    """What is compared, without DistributedDataParallel's prefix."""
+    found: dict[str, Any] = {"method": res.method, "passes": res.passes, "messages": dict(res.messages)}
+    found["samples"] = None if res.samples is None else res.samples.clone()
+    for field, value in res.fields.items():
+        if isinstance(value, dict):
+            found[field] = {name.removeprefix("module."): t for name, t in value.items()}
+    if "ggn" in res.fields:
+        ggn = res.ggn
+        flat = torch.linspace(-1, 1, ggn.dim, dtype=torch.float64)
+        found |= {"eigenvalues": ggn.eigenvalues, "product": ggn @ flat, "solved": ggn.solve(flat, 0.1)}
+    return found
+
+
+# ---------------------------------------------------------------------------- the jobs
+def exact(net: str, shards: tuple[int, ...], method: str, **options: Any) -> dict[str, Any]:
+    return told(curvature(synced(NETS[net]()), CE, mine(shards), *quantities(), method=method, **options))
+
+
+def loader(shards: tuple[int, ...]) -> dict[str, Any]:
+    data = [mine(shards, seed=1), mine(tuple(reversed(shards)), seed=2)]
+    return told(curvature(synced(mlp()), CE, data, *quantities()))
+
+
+def ghost(shards: tuple[int, ...], method: str) -> dict[str, Any]:
+    """Plain BatchNorm under DistributedDataParallel: every rank's own statistics."""
+    return told(curvature(nn.parallel.DistributedDataParallel(mlp()), CE, mine(shards), *quantities(), method=method))
+
+
+def pairs(shards: tuple[int, ...]) -> dict[str, Any]:
+    """Statistics of two ranks each, the loss of all."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = synced(mlp(), groups[dist.get_rank() // 2])
+    return told(curvature(model, CE, mine(shards), *quantities(), method="coupled"))
+
+
+def monte_carlo(shards: tuple[int, ...], seed: int | None) -> dict[str, Any]:
+    """With the same global seed on all ranks, or the same generator."""
+    torch.manual_seed(3)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    quantity = DiagGGNMC(mc_samples=3000, generator=generator)
+    return told(curvature(synced(mlp()), CE, mine(shards), quantity))
+
+
+def truncated(shards: tuple[int, ...], tol: float) -> dict[str, Any]:
+    res = curvature(synced(mlp()), CE, mine(shards), DiagGGNExact(), tol=tol, method="coupled")
+    return told(res) | {"error": {name.removeprefix("module."): e for name, e in res.error.items()}}
+
+
+def report(shards: tuple[int, ...]) -> dict[str, Any]:
+    coupling = curvature(synced(mlp()), CE, mine(shards), CouplingReport()).coupling
+    return {
+        layer.removeprefix("module."): (c.own_trace, c.full_trace, c.singular_values) for layer, c in coupling.items()
+    }
+
+
+def gesture(shards: tuple[int, ...], plain: bool) -> dict[str, Any]:
+    """BackPACK's, with DistributedDataParallel around the extended model."""
+    model = extend(mlp())
+    ddp = nn.parallel.DistributedDataParallel(model) if plain else synced(model)
+    X, y = mine(shards)
+    with backpack(DiagGGNExact(), ComponentGrad()):
+        extend(nn.CrossEntropyLoss())(ddp(X), y).backward()
+    named = dict(model.named_parameters())
+    found = {field: {n: getattr(p, field) for n, p in named.items()} for field in ("diag_ggn_exact", "grad_component")}
+    return found | {"grad": {n: p.grad for n, p in named.items()}}
+
+
+def trained(shards: tuple[int, ...]) -> dict[str, Any]:
+    """`.grad` of a training step with an extended SyncBatchNorm model."""
+    model = extend(mlp())
+    ddp, (X, y) = synced(model), mine(shards)
+    CE(ddp(X), y).backward()
+    return {"grad": {n: p.grad for n, p in model.named_parameters()}, "buffers": dict(model.named_buffers())}
+
+
+def trace_left(shards: tuple[int, ...]) -> list[str]:
+    """What a call changes in the model, if anything."""
+    model = synced(mlp())
+    before = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    curvature(model, CE, mine(shards), DiagGGNExact())
+    changed = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if not torch.equal(t, before[n])]
+    return changed + [name for name, m in model.named_modules() if "forward" in vars(m)]
+
+
+class Stumbling(nn.Module):
+    """Fails in the middle of the forward pass."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+def failure(kind: str) -> dict[str, Any]:
+    """What each rank is told when rank 1 fails, how long it takes, and whether the next call works."""
+    bad = dist.get_rank() == 1
+    error = {"forward": ValueError("a bad layer"), "interrupt": KeyboardInterrupt()}.get(kind) if bad else None
+    model = mlp()
+    model.insert(3, Stumbling(error))
+    net, (X, y), asked = synced(model), mine((8, 8)), [DiagGGNExact()]
+    data: Any = (X, y)
+    if kind == "nan" and bad:
+        data = (X / 0, y)
+    if kind == "target" and bad:
+        data = (X, y + 7)
+    if kind == "loader":
+        data = [(X, y)] * (1 if bad else 2)
+    if kind == "quantities" and bad:
+        asked = [DiagGGNExact(), SumComponentGradSquared()]
+    if kind == "none" and bad:
+        asked = []
+    start = time.monotonic()
+    try:
+        curvature(net, CE, data, *asked, method="coupled" if kind != "dense" else "dense")
+        said = "nothing"
+    except BaseException as e:
+        said = f"{type(e).__name__}: {e}"
+    took = time.monotonic() - start
+    again = told(curvature(synced(mlp()), CE, mine((8, 8)), DiagGGNExact()))
+    return {"said": said, "took": took, "again": again}
+
+
+def mixture() -> str:
+    """SyncBatchNorm and plain BatchNorm side by side."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(mlp())
+    model[4] = nn.BatchNorm1d(4).double()
+    try:
+        curvature(nn.parallel.DistributedDataParallel(model), CE, mine((8, 8)), DiagGGNExact())
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+def refused(quantity: Any) -> str:
+    try:
+        curvature(synced(mlp()), CE, mine((8, 8)), quantity)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+def run(rank: int, size: int, jobs: dict[str, tuple[Callable, tuple, dict]], folder: str) -> None:
+    """All jobs on one rank; results and errors by name into a file."""
+    torch.set_num_threads(1)
+    # its constructor wants a GPU for SyncBatchNorm, whose own kernels do; ours do not
+    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None  # type: ignore
+    where = f"file://{os.path.join(folder, 'meet')}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    found: dict[str, Any] = {}
+    for name, (job, args, options) in jobs.items():
+        try:
+            found[name] = job(*args, **options)
+        except Exception as e:
+            found[name] = f"{type(e).__name__}: {e}"
+        dist.barrier()
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+

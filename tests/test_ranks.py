@@ -1,0 +1,273 @@
+"""Several processes, one batch: real processes on gloo against one process with the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_jobs as jobs
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from bncurv import (
+    ComponentGrad,
+    CouplingReport,
+    DiagGGNExact,
+    DiagGGNMC,
+    InfluenceGrad,
+    InfluenceProjection,
+    LowRankGGN,
+    curvature,
+)
+
+UNEVEN, FOUR = (9, 3), (3, 5, 1, 6)
+WAYS = ["coupled", "dense"]
+EXACT = {
+    f"{net} {shards} {method} {options}": (jobs.exact, (net, shards, method), options)
+    for net in jobs.NETS
+    for shards in ((8, 8), UNEVEN)
+    for method in WAYS
+    for options in ({}, {"chunk_size": 1})
+}
+FAILURES = {
+    "forward": "ValueError: a bad layer",
+    "interrupt": "KeyboardInterrupt",
+    "nan": r"ValueError: X has NaN or inf in sample(s) [0, 1, 2, 3, 4]; curvature is undefined there. Remove them.",
+    "target": "Target",
+    "none": "ValueError: no quantity asked for",
+    "quantities": "different sizes",
+    "loader": "rank(s) [1] have no mini-batch left while others have",
+}
+TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
+    "loader": (jobs.loader, (UNEVEN,), {}),
+    "ghost coupled": (jobs.ghost, (UNEVEN, "coupled"), {}),
+    "ghost dense": (jobs.ghost, (UNEVEN, "dense"), {}),
+    "monte carlo": (jobs.monte_carlo, (UNEVEN, None), {}),
+    "monte carlo, generator": (jobs.monte_carlo, (UNEVEN, 5), {}),
+    "truncated 0.3": (jobs.truncated, (UNEVEN, 0.3), {}),
+    "report": (jobs.report, (UNEVEN,), {}),
+    "gesture": (jobs.gesture, (UNEVEN, False), {}),
+    "gesture, plain": (jobs.gesture, (UNEVEN, True), {}),
+    "trained": (jobs.trained, (UNEVEN,), {}),
+    "trace": (jobs.trace_left, (UNEVEN,), {}),
+    "mixture": (jobs.mixture, (), {}),
+    "influence": (jobs.refused, (InfluenceGrad(),), {}),
+    "projection": (jobs.refused, (InfluenceProjection(),), {}),
+    "matrix-free": (jobs.refused, (LowRankGGN(top=2, matrix_free=True),), {}),
+    **{f"failure {kind}": (jobs.failure, (kind,), {}) for kind in FAILURES},
+}
+OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
+    "coupled": (jobs.exact, ("cnn", FOUR, "coupled"), {}),
+    "dense": (jobs.exact, ("mlp", FOUR, "dense"), {}),
+    "pairs": (jobs.pairs, (FOUR,), {}),
+}
+
+
+def together(size: int, work: dict, folder: Path) -> dict[str, list[Any]]:
+    """The jobs' results by name, one for each rank."""
+    mp.spawn(jobs.run, (size, work, str(folder)), nprocs=size)
+    by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+    return {name: [found[name] for found in by_rank] for name in work}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return together(2, TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return together(4, OF_FOUR, tmp_path_factory.mktemp("four"))
+
+
+class Spread(nn.Module):
+    """The mean of the ranks' mean losses, as DistributedDataParallel trains, in one process."""
+
+    def __init__(self, shards: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weights = torch.cat([torch.full((n,), 1 / (len(shards) * n), dtype=torch.float64) for n in shards])
+
+    def forward(self, F: Tensor, y: Tensor) -> Tensor:
+        return (self.weights.to(F) * nn.functional.cross_entropy(F, y, reduction="none")).sum()
+
+
+class Ghost(nn.Module):
+    """The model on each shard by itself."""
+
+    def __init__(self, model: nn.Module, shards: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model, self.shards = model, shards
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.model(part) for part in x.split(self.shards)])
+
+
+def alone(net: str, shards: tuple[int, ...], *quantities: Any, groups: tuple[int, ...] = (), **options: Any) -> Any:
+    """One process with the whole batch."""
+    model = jobs.NETS[net]()
+    model = Ghost(model, groups) if groups else model
+    return curvature(model, Spread(shards), jobs.batch(sum(shards)), *(quantities or jobs.quantities()), **options)
+
+
+def assert_same(found: list[dict[str, Any]], want: Any, shards: tuple[int, ...], tolerance: float = 1e-12) -> None:
+    """Every rank's results against one process'; sums equal to the bit on all ranks."""
+    samples = torch.cat([part["samples"] for part in found])
+    assert torch.equal(samples, torch.arange(sum(shards)))
+    for field in ("diag_ggn_exact", "sum_grad_squared", "variance"):
+        for name, t in getattr(want, field).items():
+            name = name.removeprefix("model.")
+            assert_close(found[0][field][name], t, tolerance)
+            assert all(torch.equal(part[field][name], found[0][field][name]) for part in found)
+    for name, t in want.grad_component.items():
+        assert_close(torch.cat([part["grad_component"][name.removeprefix("model.")] for part in found]), t, tolerance)
+    flat = torch.linspace(-1, 1, want.ggn.dim, dtype=torch.float64)
+    wanted = {"eigenvalues": want.ggn.eigenvalues, "product": want.ggn @ flat, "solved": want.ggn.solve(flat, 0.1)}
+    for key, t in wanted.items():
+        assert_close(found[0][key], t, tolerance)
+        assert all(torch.equal(part[key], found[0][key]) for part in found)
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert float((got - want).norm()) <= tolerance * float(want.norm()) + 1e-15
+
+
+# ---------------------------------------------------------------------------- the numbers
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(name, two):
+    _, (net, shards, method), options = EXACT[name]
+    want = alone(net, shards, method=method, **options)
+    assert_same(two[name], want, shards)
+    assert all((part["method"], part["passes"]) == (method, want.passes) for part in two[name])
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_four_ranks(method, four):
+    assert_same(four[method], alone("cnn" if method == "coupled" else "mlp", FOUR, method=method), FOUR)
+
+
+def test_statistics_of_pairs_of_ranks(four):
+    """The loss is everybody's, statistics are those of two ranks each."""
+    assert_same(four["pairs"], alone("mlp", FOUR, groups=(8, 7)), FOUR)
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_every_rank_its_own_statistics(method, two):
+    """Plain BatchNorm under DistributedDataParallel: the mean of the ranks' matrices."""
+    assert_same(two[f"ghost {method}"], alone("mlp", UNEVEN, groups=UNEVEN), UNEVEN)
+
+
+def test_loader(two):
+    """Mini-batches at the weights of a mean over all samples; indices go on from batch to batch."""
+    first, second = two["loader"]
+    assert first["samples"].tolist() == [*range(9), *range(12, 15)]
+    assert second["samples"].tolist() == [*range(9, 12), *range(15, 24)]
+    parts = [curvature(jobs.mlp(), Spread(s), jobs.batch(12, seed), DiagGGNExact(), ComponentGrad())
+             for s, seed in ((UNEVEN, 1), (UNEVEN[::-1], 2))]  # fmt: skip
+    for name, t in first["diag_ggn_exact"].items():
+        assert_close(t, sum(part.diag_ggn_exact[name] for part in parts) / 2, 1e-12)
+        assert torch.equal(t, second["diag_ggn_exact"][name])
+    for name, t in first["grad_component"].items():
+        assert_close(t, torch.cat([parts[0].grad_component[name][:9], parts[1].grad_component[name][:3]]) / 2, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["monte carlo", "monte carlo, generator"])
+def test_monte_carlo(name, two):
+    """Unbiased though all ranks have the same seed, and the same on all of them."""
+    first, second = (part["diag_ggn_mc"] for part in two[name])
+    want = alone("mlp", UNEVEN, DiagGGNExact()).diag_ggn_exact
+    error = sum(float((first[n] - t).square().sum()) for n, t in want.items()) ** 0.5
+    assert error <= 0.06 * sum(float(t.square().sum()) for t in want.values()) ** 0.5
+    assert all(torch.equal(first[n], second[n]) for n in want)
+    one = alone("mlp", UNEVEN, DiagGGNMC(mc_samples=3000)).diag_ggn_mc_stderr
+    for n, t in two[name][0]["diag_ggn_mc_stderr"].items():
+        torch.testing.assert_close(t, one[n], rtol=0.25, atol=1e-4)
+
+
+def test_truncation(two):
+    want = alone("mlp", UNEVEN, DiagGGNExact(), tol=0.3, method="coupled")
+    for part in two["truncated 0.3"]:
+        assert 0 < part["passes"] <= want.passes
+        for name, t in want.diag_ggn_exact.items():
+            assert_close(part["diag_ggn_exact"][name], t, 1e-10)
+            assert part["error"].get(name, 0.0) == pytest.approx(want.error.get(name, 0.0), rel=1e-8)
+
+
+def test_coupling_report(two):
+    want = alone("mlp", UNEVEN, CouplingReport()).coupling
+    for part in two["report"]:
+        for layer, c in want.items():
+            own, full, values = part[layer]
+            assert (own, full) == (pytest.approx(c.own_trace), pytest.approx(c.full_trace))
+            torch.testing.assert_close(values, c.singular_values, rtol=1e-7, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------- the gesture
+@pytest.mark.parametrize("name", ["gesture", "gesture, plain"])
+def test_gesture(name, two):
+    """The same numbers; `.grad` is what DistributedDataParallel makes of it."""
+    groups = UNEVEN if name == "gesture, plain" else ()
+    want = alone("mlp", UNEVEN, DiagGGNExact(), ComponentGrad(), groups=groups)
+    for rank, part in enumerate(two[name]):
+        here = slice(0, 9) if rank == 0 else slice(9, 12)
+        for full, t in want.diag_ggn_exact.items():
+            key = full.removeprefix("model.")
+            assert_close(part["diag_ggn_exact"][key], t, 1e-12)
+            assert_close(part["grad_component"][key], want.grad_component[full][here], 1e-12)
+            torch.testing.assert_close(part["grad"][key], want.grad_component[full].sum(0), rtol=1e-9, atol=1e-15)
+
+
+def test_training_of_an_extended_model(two):
+    """Gradients and running statistics are those of one process."""
+    model = jobs.mlp()
+    X, y = jobs.batch(12)
+    Spread(UNEVEN)(model(X), y).backward()
+    for part in two["trained"]:
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(part["grad"][name], p.grad, rtol=1e-9, atol=1e-15)
+        for name, b in model.named_buffers():
+            torch.testing.assert_close(part["buffers"][name], b, rtol=1e-12, atol=0)
+
+
+def test_no_trace(two):
+    assert two["trace"] == [[], []]
+
+
+# ---------------------------------------------------------------------------- what goes wrong
+@pytest.mark.parametrize("kind", FAILURES)
+def test_all_ranks_raise_when_one_fails(kind, two):
+    """At once, with the rank and the reason; the next call works."""
+    want = alone("mlp", (8, 8), DiagGGNExact()).diag_ggn_exact
+    other, failed = two[f"failure {kind}"]
+    assert FAILURES[kind] in failed["said"]
+    assert FAILURES[kind] in other["said"]
+    if kind not in ("quantities", "loader"):  # there both notice
+        assert other["said"].startswith("RankFailure: rank 1 of 2 failed: ")
+    for part in (other, failed):
+        assert part["took"] < 10
+        for name, t in want.items():
+            assert_close(part["again"]["diag_ggn_exact"][name], t, 1e-12)
+
+
+def test_mixture_is_refused(two):
+    for said in two["mixture"]:
+        assert "'module.4' (BatchNorm1d) takes its statistics from one rank, 'module.1' (SyncBatchNorm) from" in said
+
+
+@pytest.mark.parametrize("name", ["influence", "projection", "matrix-free"])
+def test_quantities_of_one_process(name, two):
+    for said in two[name]:
+        assert "one process" in said
+
+
+# ---------------------------------------------------------------------------- messages
+def test_messages_do_not_depend_on_the_number_of_samples(two):
+    """The coupled way sends statistics, B, P and the results: Σ numbers as the README counts them."""
+    few, many = (two[f"mlp {shards} coupled {{}}"][0]["messages"] for shards in (UNEVEN, (8, 8)))
+    assert {key: m.bytes for key, m in few.items() if key != "V"} == {
+        key: m.bytes for key, m in many.items() if key != "V"
+    }
+    assert few["statistics"].bytes == 8 * (2 * 5 + 1 + 2 * 4 + 1)  # mean, spread, count
+    assert few["B"].bytes == 8 * (2 * 4) * (2 * 5)
