@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class Indices:
@@ -222,7 +224,7 @@ def ranks_of(model: nn.Module, process_group: Any = None) -> Ranks:
         ValueError: for a model whose layers take their statistics over different ranks.
     """
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-    training = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
+    training = [(name, m) for name, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.training]
     synced = {name: m for name, m in training if isinstance(m, nn.SyncBatchNorm)}
     if not (dist.is_available() and dist.is_initialized()) or not (process_group or wrapped or synced):
         return ALONE

@@ -1,4 +1,4 @@
-"""What several processes do together in `test_ranks.py`: each job runs on every rank, its results are compared there."""
+"""What several processes do together in `test_ranks.py`: jobs that run on every rank; results are compared there."""
 
 from __future__ import annotations
 

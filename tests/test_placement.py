@@ -35,18 +35,12 @@ def diagonal(model: nn.Module, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def processes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A process group of one over gloo, or of two of which only this one exists."""
-    if request.param == 1:
-        with tempfile.TemporaryDirectory() as folder:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-            yield
-            dist.destroy_process_group()
-        return
-    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    dist.init_process_group("fake", rank=0, world_size=request.param, store=fake.FakeStore())
-    yield
-    dist.destroy_process_group()
+def one_process() -> Iterator[None]:
+    """A process group of one over gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
 
 
 def of_gesture(model: nn.Module, called: nn.Module) -> dict[str, Tensor]:
@@ -57,8 +51,7 @@ def of_gesture(model: nn.Module, called: nn.Module) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------- several processes
-@pytest.mark.parametrize("processes", [1], indirect=True)
-def test_distributed_data_parallel_with_one_process(processes: None) -> None:
+def test_distributed_data_parallel_with_one_process(one_process: None) -> None:
     """Exact in both gestures, and it trains on."""
     want = reference.ggn_diagonal(net(), CE, X, y)
     model = DistributedDataParallel(net())
@@ -72,8 +65,7 @@ def test_distributed_data_parallel_with_one_process(processes: None) -> None:
     assert_close(of_gesture(inner, DistributedDataParallel(inner)), want)
 
 
-@pytest.mark.parametrize("processes", [1], indirect=True)
-def test_sharded_parameters_are_refused(processes: None) -> None:
+def test_sharded_parameters_are_refused(one_process: None) -> None:
     """Before the forward pass, which would reach other tensors than the parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -87,8 +79,7 @@ def test_sharded_parameters_are_refused(processes: None) -> None:
         diagonal(model)
 
 
-@pytest.mark.parametrize("processes", [1], indirect=True)
-def test_sharded_constants_are_left_as_they_are(processes: None) -> None:
+def test_sharded_constants_are_left_as_they_are(one_process: None) -> None:
     """A frozen DTensor that a forward pass does not read."""
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
