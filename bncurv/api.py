@@ -58,8 +58,8 @@ class Results:
         error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all
             columns of all mini-batches at their weights; empty where nothing was. A diagonal of the GGN with trace t is
             off by at most ``2 √t error + error²`` in the sum of its entries.
-        samples: over several ranks, the indices of this rank's samples among all, mini-batch by mini-batch and in each
-            of them rank by rank: where the rows of per-component results belong.
+        samples: which samples the rows of per-component results are: all in order; over several ranks this rank's,
+            counted mini-batch by mini-batch and in each of them rank by rank.
         messages: over several ranks, what was sent: purpose → number, and bytes of this rank's.
     """
 

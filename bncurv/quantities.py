@@ -103,7 +103,7 @@ class Quantity(BackpropExtension):
             sharing: how many of them share batch statistics: columns of the whole batch are pulled back together, and
                 so counted by each of these.
         """
-        return part if self.per_component else ranks.sums(part, "results")
+        return part if ranks.size == 1 or self.per_component else ranks.sums(part, "results")
 
     def merge(self, parts: Sequence[Any], shares: Sequence[float]) -> Any:
         """Sum of several mini-batches' parts, or their concatenation per component, each times its share."""

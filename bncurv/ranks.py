@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
@@ -32,8 +31,6 @@ class Indices:
 
     def of(self, samples: int, sharing: Ranks) -> tuple[list[int], int]:
         """For another mini-batch: samples of the ranks that share statistics, and those of all other ranks."""
-        if self._everybody.size == 1:
-            return [samples], 0
         counts = [int(n) for n in self._everybody.numbers(samples)]
         first = self._before + sum(counts[: self._everybody.rank])
         self._found.append(torch.arange(first, first + samples))
@@ -41,9 +38,9 @@ class Indices:
         together = counts if sharing is self._everybody else [int(n) for n in sharing.numbers(samples)]
         return together, sum(counts) - samples
 
-    def found(self) -> Tensor | None:
-        """Indices of all samples of this rank; ``None`` of one process."""
-        return torch.cat(self._found) if self._found else None
+    def found(self) -> Tensor:
+        """Indices of all samples of this rank."""
+        return torch.cat(self._found)
 
 
 class RankFailure(RuntimeError):

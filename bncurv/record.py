@@ -140,7 +140,7 @@ class Recorder(TorchFunctionMode):
 
     def _synchronised(self) -> list[nn.SyncBatchNorm]:
         """The layers whose statistics are those of several ranks."""
-        return [m for m in self._model.modules() if isinstance(m, nn.SyncBatchNorm) and self._ranks.size > 1]
+        return [m for m in self._model.modules() if isinstance(m, nn.SyncBatchNorm) and self._ranks is not ALONE]
 
     def _sync_batch_norm(self, m: nn.SyncBatchNorm, x: Tensor) -> Tensor:
         """In place of the forward of `torch.nn.SyncBatchNorm`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,3 +273,16 @@ def test_messages_do_not_depend_on_the_number_of_samples(two):
     }
     assert few["statistics"].bytes == 8 * (2 * 5 + 1 + 2 * 4 + 1)  # mean, spread, count
     assert few["B"].bytes == 8 * (2 * 4) * (2 * 5)
+    assert few["P"].bytes == 8 * (2 * 4) * (6 * 5 + 5 + 5)  # statistics above, entries below but a vanishing bias
+
+
+def test_experiment(tmp_path):
+    """As its head says to start it."""
+    script = Path(__file__).parent.parent / "experiments" / "several_processes.py"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*start, "--quick", "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "passes: 138 on every rank, 138 on one process" in done.stdout
+    assert (tmp_path / "several_processes.png").exists()
+    alone = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert alone.returncode == 2 and "start it with torchrun --standalone" in alone.stderr
