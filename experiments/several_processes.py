@@ -5,7 +5,7 @@
 
 Every process (rank) trains on its share of scikit-learn's digits and calls `bncurv.curvature` with its share of one
 batch. Rank 0 prints the results beside those of one process that has the whole batch, with passes, messages and
-seconds, and saves a plot: what the ranks' own batch statistics make of it. The exit status is 1 where the numbers differ
+seconds, and saves a plot: what the ranks' own batch statistics make of it. The exit status is 1 where numbers differ
 from one process' by more than 1e-12 (float64).
 """
 
