@@ -95,28 +95,32 @@ class BatchNormCoupling(Coupling):
         """X - mean and v, differentiable."""
         x = self._live[0]
         axes = (0, *range(2, x.dim()))
-        centred = x - per_channel(x, x.mean(axes))
-        return centred, centred.square().mean(axes)
+        centred = x - per_channel(x, self._total(x.sum(axes)) / self._count)
+        return centred, self._total(centred.square().sum(axes)) / self._count
+
+    def _total(self, sums: Tensor) -> Tensor:
+        """Sums over this process' rows, over all rows of the statistics."""
+        return sums
 
     def received(self, delta: Tensor) -> Tensor:
         """λ_mean = -scale Σ δ,  λ_v = -½ scale invstd Σ δ x̂."""
         _, weight, eps = self._live
         centred, v = self._centred()
         axes, invstd = (0, *range(2, delta.dim())), (v + eps).rsqrt()
-        sums = torch.stack([delta.sum(axes), (delta * centred).sum(axes) * invstd])
+        sums = self._total(torch.stack([delta.sum(axes), (delta * centred).sum(axes) * invstd]))
         return (sums * factors(invstd if weight is None else invstd * weight, invstd)).flatten()
 
     def share(self, samples: int) -> Tensor:
         """The share of the rows that are each sample's, ``[n]``."""
-        rows = len(self._x)
-        return summed(self.order, self._x.new_full((rows,), 1 / rows), samples)
+        one = self._x[0, 0].numel() / self._count
+        return summed(self.order, self._x.new_full((len(self._x),), one), samples)
 
     def deviations(self, samples: int) -> Tensor:
-        """N / rows of Σ_s (x_ns - mean) and Σ_s ((x_ns - mean)² - v), s over the sample's rows and positions."""
+        """Σ_s (x_ns - mean) / count and Σ_s ((x_ns - mean)² - v) / count, s over the sample's rows and positions."""
         centred, v = self._centred()
         moments = [centred, centred.square() - per_channel(centred, v)]
-        by_row = torch.cat([m.flatten(2).mean(2) if m.dim() > 2 else m for m in moments], 1)
-        return summed(self.order, by_row, samples) * (samples / len(by_row))
+        by_row = torch.cat([m.flatten(2).sum(2) if m.dim() > 2 else m for m in moments], 1)
+        return summed(self.order, by_row, samples) / self._count
 
 
 class Moments(torch.autograd.Function):  # noqa: D101

@@ -121,7 +121,7 @@ class Coupling(ABC):
         raise TypeError(self._no_weights())
 
     def deviations(self, samples: int) -> Tensor:
-        """N ∂ statistics / ∂w_n at equal weights w of the samples, ``[n, R]``, differentiable in the layer's input."""
+        """w_n ∂ statistics / ∂w_n at equal weights of the samples, ``[n, R]``, differentiable in the layer's input."""
         raise TypeError(self._no_weights())
 
     def _no_weights(self) -> str:

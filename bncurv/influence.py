@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bncurv.blocks import Batch, Rows
 from bncurv.quantities import Parameters, Quantity, Result
+from bncurv.ranks import Ranks
 from bncurv.weighting import Influence
 
 
@@ -40,7 +41,6 @@ class InfluenceGrad(Quantity):
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """A way of its own."""
-        _in_one_process(self, batch)
         return {"influence": Influence(batch)}
 
     def add(self, state: Result, key: str, rows: Rows) -> None:
@@ -71,7 +71,6 @@ class InfluenceProjection(Quantity):
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """A way of its own."""
-        _in_one_process(self, batch)
         direction = self.direction
         if direction is None:
             gradients = torch.autograd.grad(
@@ -82,7 +81,8 @@ class InfluenceProjection(Quantity):
                 allow_unused=True,
                 materialize_grads=True,
             )
-            direction = dict(zip(batch.parameters, gradients, strict=True))
+            everybody = batch.ranks.everybody
+            direction = dict(zip(batch.parameters, everybody.sum(gradients, "gradient"), strict=True))
         unknown = [name for name in direction if name not in batch.parameters]
         if unknown or not direction:
             raise ValueError(f"direction names {unknown or 'nothing'}; the parameters are {list(batch.parameters)}.")
@@ -102,6 +102,10 @@ class InfluenceProjection(Quantity):
         """g_n · v."""
         state.copy_(rows.values)
 
+    def reduce(self, part: Tensor, ranks: Ranks, sharing: int) -> Tensor:
+        """They stay with their samples."""
+        return part
+
     def merge(self, parts: Any, shares: Any) -> Tensor:
         """Concatenated, each times its mini-batch's share."""
         return torch.cat([share * part for part, share in zip(parts, shares, strict=True)])
@@ -114,10 +118,3 @@ class InfluenceProjection(Quantity):
         """Forget it."""
         self.result = None
 
-
-def _in_one_process(quantity: Quantity, batch: Batch) -> None:
-    if batch.ranks.everybody.size > 1:
-        raise ValueError(
-            f"{type(quantity).__name__} weights the samples of one process: over several ranks it is not supported. "
-            "Compute it on one process with all samples, or use ComponentGrad."
-        )

@@ -114,11 +114,8 @@ class LowRankGGN(Quantity):
         samples = batch.all_samples
         rows = len(whole.columns) if whole is not None else samples * batch.loss.factor.columns_per_sample
         need = sum(p.numel() * p.element_size() for p in batch.parameters.values()) * (rows + samples)
-        if several and (free or whole is not None):
-            raise ValueError(
-                "LowRankGGN(matrix_free=True), and losses that compare samples, work in one process only; over several "
-                "ranks pass matrix_free=False, which holds V of all samples on each of them."
-            )
+        if several and whole is not None:
+            raise ValueError(f"LowRankGGN works on one process, and not over several, where {batch.loss.compares}")
         if free and whole is not None:
             raise ValueError(f"LowRankGGN(matrix_free=True) goes by samples, but {batch.loss.compares}")
         if free and not batch.graph_survives:
@@ -128,7 +125,6 @@ class LowRankGGN(Quantity):
             )
         if free is None:
             able = whole is None and self.top is not None and self.groups is None and batch.graph_survives
-            able = able and not several
             free = batch.memo.setdefault(self.field, able and need > SMALL_BYTES)
         if not free and need > self.memory:
             raise ValueError(

@@ -55,6 +55,15 @@ class _SyncBatchNorm(torch.autograd.Function):
         return dx, *affine, handle, *(None,) * 6
 
 
+class _SyncCoupling(BatchNormCoupling):
+    """One whose statistics are those of several ranks."""
+
+    ranks: Ranks
+
+    def _total(self, sums: Tensor) -> Tensor:
+        return Sum.apply(sums, self.ranks)
+
+
 def _moments(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of all ranks' entries, and their number per channel (Chan, Golub & LeVeque 1983)."""
     axes, count = (0, *range(2, x.dim())), x.numel() // x.shape[1]
@@ -94,7 +103,8 @@ def sync_batch_norm(
     coupling = None
     if handle is not None:
         statistics = Moments.apply(x, mean, invstd, eps, count)
-        coupling = BatchNormCoupling(name, statistics, gates, handle, x, mean, invstd, weight, eps, count)
+        coupling = _SyncCoupling(name, statistics, gates, handle, x, mean, invstd, weight, eps, count)
+        coupling.ranks = ranks
     return y, coupling, {"mean": mean, "invstd": invstd}
 
 

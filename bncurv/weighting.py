@@ -6,12 +6,12 @@ Weight the samples, L(θ, w) = Σ_n w_n ℓ_n, with the moments of every BatchNo
 
 They act on the loss and on the statistics, ∂_{w_n} L = ℓ_n + Σ_q λ_q ∂statistics_q/∂w_n with λ = dL/d statistics, so
 
-    g_n = ∇_θ h_n,    h_n = u_n · F_n + (1/N) Σ_q λ_q d[n, q],    d[n, q] = N ∂statistics_q/∂w_n
+    g_n = ∇_θ h_n,    h_n = u_n · F_n + Σ_q λ_q d[n, q],    d[n, q] = w_n ∂statistics_q/∂w_n
 
 where u = ∂L/∂F is held constant and λ, d are functions on the graph: N passes through the graph of a backward pass.
 With more samples than statistics it is cheaper through the cut (letters: ``engine.py``), R such passes whatever N is:
 
-    g_n = Σ_t δ_nt x_ntᵀ + Σ_q α[n, q] P[q] + (1/N) Σ_q d[n, q] Λ[q],    Λ[q] = ∇_θ λ_q
+    g_n = Σ_t δ_nt x_ntᵀ + Σ_q α[n, q] P[q] + Σ_q d[n, q] Λ[q],    Λ[q] = ∇_θ λ_q
 
 δ: cotangents of the *ordinary* backward pass, so that the first term is the path gradient; α: what sample n sends into
 the statistics less what weighting takes away again, carried down by B as A is.
@@ -48,11 +48,11 @@ class Influence(Procedure):
             return 2
         structure = engine.structure
         directions = sum(structure.width[j] for j, *_ in structure.sisters if structure.below[j])
-        return 1 + directions + sum(structure.width.values()) if self._cut(engine) else self._batch.samples
+        return 1 + directions + sum(structure.width.values()) if self._cut(engine) else engine.shard.total
 
     def _cut(self, engine: Engine) -> bool:
         statistics = sum(engine.structure.width.values())
-        return not engine.slow and self._batch.samples > WORTHWHILE * statistics > 0
+        return not engine.slow and engine.shard.total > WORTHWHILE * statistics > 0
 
     def pull(self, engine: Engine) -> Iterator[Rows]:
         """Blocks of g_n; or all projections as one."""
@@ -78,7 +78,7 @@ class Influence(Procedure):
 
     def _check(self, engine: Engine) -> None:
         """Raise unless the samples meet in BatchNorms alone."""
-        problem = Assurance(engine.back, engine.trace, engine.products, [self._batch.loss]).mixing()
+        problem = Assurance(engine.back, engine.trace, engine.products, [self._batch.loss], engine.shard).mixing()
         if problem:
             raise RuntimeError(
                 f"Influence gradients weight the samples in the loss and in BatchNorm's statistics, but {problem} How "
@@ -120,17 +120,23 @@ class Influence(Procedure):
         samples = self._batch.samples
         h = (self._batch.loss.gradient * engine.output).reshape(samples, -1).sum(1)
         for j, received in self._received(engine).items():
-            h = h + engine.trace.sites[j].coupling.deviations(samples) @ received / samples
+            h = h + engine.trace.sites[j].coupling.deviations(samples) @ received
         return h
 
     def _one_by_one(self, engine: Engine) -> Iterator[Rows]:
         h, parameters = self._weighted(engine), list(engine.wanted.values())
-        for n in chunks(len(h), engine.costs.dense_chunk()):
-            one_hot = torch.eye(len(h), dtype=h.dtype, device=h.device)[n]
+        first = engine.shard.first
+        for n in chunks(engine.shard.total, engine.costs.dense_chunk()):  # samples of all ranks
+            index = torch.arange(n.start, n.stop, device=h.device)[:, None] - first
+            one_hot = (index == torch.arange(len(h), device=h.device)).to(h.dtype)
             got = engine.back.vjp(h, parameters, one_hot, beyond="influence")
-            for name, rows in zip(engine.wanted, got, strict=True):
-                values = engine.products.zeros(name, len(one_hot)) if rows is None else rows
-                yield Rows(name, values[:, None], n, slice(0, 1))
+            zeros = engine.products.zeros
+            rows = {k: zeros(k, len(one_hot)) if t is None else t for k, t in zip(engine.wanted, got, strict=True)}
+            here = ((index[:, 0] >= 0) & (index[:, 0] < len(h))).nonzero()[:, 0]
+            for name, values in engine.ranks.sums(rows, "influence gradients").items():
+                if len(here):
+                    mine = slice(int(index[here[0]]), int(index[here[-1]]) + 1)
+                    yield Rows(name, values[here][:, None], mine, slice(0, 1))
 
     def _projected(self, engine: Engine) -> Tensor:
         """g_n · v: Σ_n ε_n g_n is a gradient linear in ε, whose product with v is differentiated by ε."""
@@ -156,7 +162,8 @@ class Influence(Procedure):
         a = engine.back.coefficients(delta, 1)  # [n, 1, R] by BatchNorm
         d = {j: engine.trace.sites[j].coupling.deviations(samples).detach() for j in structure.couplings}
         for j, coefficients in a.items():
-            _less_weighting(coefficients, d[j], engine.trace.sites[j].coupling.share(samples))
+            (received,) = engine.ranks.sum([coefficients.sum(0)[0]], "influence gradients")  # λ [R]
+            _less_weighting(coefficients, d[j], engine.trace.sites[j].coupling.share(samples), received)
         directions = Directions(engine.back, engine.products, engine.costs, names)
         directions.carry(a)
         rows = {}
@@ -167,26 +174,27 @@ class Influence(Procedure):
         return rows
 
     def _add_second_order(self, engine: Engine, rows: dict[str, Tensor], d: dict[int, Tensor]) -> None:
-        """(1/N) Σ_q d[n, q] Λ[q], some q at a time."""
+        """Σ_q d[n, q] Λ[q], some q at a time; every rank has λ, and its share of the cotangent."""
         with torch.enable_grad():
             received = self._received(engine)
         parameters = list(engine.wanted.values())
         for j, one in received.items():
             for q in chunks(len(one), engine.costs.dense_chunk()):
-                one_hot = torch.eye(len(one), dtype=one.dtype, device=one.device)[q]
+                one_hot = torch.eye(len(one), dtype=one.dtype, device=one.device)[q] / engine.ranks.size
                 got = engine.back.vjp(one, parameters, one_hot, beyond=f"influence {j}")
-                for name, second in zip(engine.wanted, got, strict=True):
-                    if second is not None:
-                        rows[name] += torch.tensordot(d[j][:, q] / self._batch.samples, second, 1)[:, None]
+                reached = {name: t for name, t in zip(engine.wanted, got, strict=True) if t is not None}
+                for name, second in engine.ranks.sums(reached, "influence gradients").items():
+                    rows[name] += torch.tensordot(d[j][:, q], second, 1)[:, None]
 
     def _right(self, engine: Engine, rows: dict[str, Tensor]) -> bool:
         """Whether a combination of the rows is what one double pass gives."""
         h = self._weighted(engine)
         f = pattern(h.shape, h)
-        got = torch.autograd.grad(
+        found = torch.autograd.grad(
             h, list(engine.wanted.values()), f, allow_unused=True, materialize_grads=True, retain_graph=True
         )
-        sums = [torch.tensordot(f, values[:, 0], 1) for values in rows.values()]
+        got = engine.ranks.sum(found, "check")
+        sums = engine.ranks.sum([torch.tensordot(f, values[:, 0], 1) for values in rows.values()], "check")
         size = max(float(g.abs().amax()) for g in got)
         floor = ROUNDING**2 * ulp(h.dtype) * size  # of a bias that a BatchNorm takes off again nothing else is left
         return all(
@@ -202,13 +210,12 @@ def _once_only(error: Exception) -> RuntimeError:
     )
 
 
-def _less_weighting(a: Tensor, d: Tensor, share: Tensor) -> None:
+def _less_weighting(a: Tensor, d: Tensor, share: Tensor, received: Tensor) -> None:
     """From what a sample sends into the statistics to α, in place.
 
-    α_v = a_v - s_n λ_v and α_mean = a_mean - s_n λ_mean - 2 λ_v d[n, mean] / N, ``[n, 1, R]``, with n's share s_n of
-    the rows; they sum to zero.
+    α_v = a_v - s_n λ_v and α_mean = a_mean - s_n λ_mean - 2 λ_v d[n, mean], ``[n, 1, R]``, with λ = Σ_n a_n and n's
+    share s_n of the rows; they sum to zero.
     """
     channels = a.shape[2] // 2
-    received = a.sum(0)[0]  # λ [R]
     a -= share.to(a)[:, None, None] * received
-    a[:, 0, :channels] -= 2 * received[channels:] * d[:, :channels] / len(a)
+    a[:, 0, :channels] -= 2 * received[channels:] * d[:, :channels]

@@ -19,6 +19,8 @@ from bncurv import (
     CouplingReport,
     DiagGGNExact,
     DiagGGNMC,
+    InfluenceGrad,
+    InfluenceProjection,
     LowRankGGN,
     SumComponentGradSquared,
     curvature,
@@ -142,6 +144,17 @@ def report(shards: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+def matrix_free(shards: tuple[int, ...], plain: bool) -> dict[str, Any]:
+    model = nn.parallel.DistributedDataParallel(mlp()) if plain else synced(mlp())
+    ggn = curvature(model, CE, mine(shards), LowRankGGN(top=3, matrix_free=True)).ggn
+    try:
+        said = str(ggn @ ggn.gradient)
+    except RuntimeError as e:
+        said = str(e)
+    found = {"eigenvalues": ggn.eigenvalues, "vectors": ggn.unit_vectors(), "gradient": ggn.gradient}
+    return found | {"slopes": ggn.slopes(), "curvatures": ggn.curvatures(), "said": said}
+
+
 def gesture(shards: tuple[int, ...], plain: bool) -> dict[str, Any]:
     """BackPACK's, with DistributedDataParallel around the extended model."""
     model = extend(mlp())
@@ -224,12 +237,9 @@ def mixture() -> str:
     return ""
 
 
-def refused(quantity: Any) -> str:
-    try:
-        curvature(synced(mlp()), CE, mine((8, 8)), quantity)
-    except ValueError as e:
-        return str(e)
-    return ""
+def influence(shards: tuple[int, ...]) -> dict[str, Any]:
+    res = curvature(synced(mlp()), CE, mine(shards), InfluenceGrad(), InfluenceProjection())
+    return told(res) | {"projection": res.influence_projection}
 
 
 def run(rank: int, size: int, jobs: dict[str, tuple[Callable, tuple, dict]], folder: str) -> None:

@@ -266,7 +266,7 @@ def test_wrong_cut_is_not_handed_out(monkeypatch):
     """The rows are held against a double pass; where they differ, the samples go one by one."""
     own = weighting._less_weighting
     monkeypatch.setattr(weighting, "WORTHWHILE", 1e-9)
-    monkeypatch.setattr(weighting, "_less_weighting", lambda a, d, n: own(a, 1.001 * d, n))
+    monkeypatch.setattr(weighting, "_less_weighting", lambda a, d, *rest: own(a, 1.001 * d, *rest))
     with float64(0):
         one = problem("mlp", 9, nn.CrossEntropyLoss())
         assert_close(curvature(*one[:2], one[2:], InfluenceGrad()).grad_influence, brute_force(*one))

@@ -25,7 +25,7 @@ from bncurv import (
     curvature,
 )
 
-UNEVEN, FOUR = (9, 3), (3, 5, 1, 6)
+UNEVEN, FOUR, MANY = (9, 3), (3, 5, 1, 6), (30, 20)
 WAYS = ["coupled", "dense"]
 EXACT = {
     f"{net} {shards} {method} {options}": (jobs.exact, (net, shards, method), options)
@@ -56,9 +56,9 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "trained": (jobs.trained, (UNEVEN,), {}),
     "trace": (jobs.trace_left, (UNEVEN,), {}),
     "mixture": (jobs.mixture, (), {}),
-    "influence": (jobs.refused, (InfluenceGrad(),), {}),
-    "projection": (jobs.refused, (InfluenceProjection(),), {}),
-    "matrix-free": (jobs.refused, (LowRankGGN(top=2, matrix_free=True),), {}),
+    **{f"influence {shards}": (jobs.influence, (shards,), {}) for shards in (UNEVEN, MANY)},
+    "matrix-free": (jobs.matrix_free, (UNEVEN, False), {}),
+    "matrix-free, plain": (jobs.matrix_free, (UNEVEN, True), {}),
     **{f"failure {kind}": (jobs.failure, (kind,), {}) for kind in FAILURES},
 }
 OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
@@ -258,10 +258,31 @@ def test_mixture_is_refused(two):
         assert "'module.4' (BatchNorm1d) takes its statistics from one rank, 'module.1' (SyncBatchNorm) from" in said
 
 
-@pytest.mark.parametrize("name", ["influence", "projection", "matrix-free"])
-def test_quantities_of_one_process(name, two):
-    for said in two[name]:
-        assert "one process" in said
+@pytest.mark.parametrize("name", ["matrix-free", "matrix-free, plain"])
+def test_matrix_free(name, two):
+    """Complete when it is handed out: eigenpairs, gradient, slopes, curvatures of all samples; no products later."""
+    groups = UNEVEN if name == "matrix-free, plain" else ()
+    want = alone("mlp", UNEVEN, LowRankGGN(top=3), groups=groups).ggn
+    for part in two[name]:
+        assert_close(part["eigenvalues"], want.eigenvalues, 1e-8)
+        assert_close(part["gradient"], want.gradient, 1e-12)
+        assert_close(part["slopes"].abs(), want.slopes().abs(), 1e-6)
+        assert_close(part["curvatures"], want.curvatures(), 1e-6)
+        assert "that of a batch on 2 processes" in part["said"]
+        assert all(torch.equal(part[key], two[name][0][key]) for key in ("eigenvalues", "vectors", "slopes"))
+
+
+@pytest.mark.parametrize("shards", [UNEVEN, MANY], ids=str)
+def test_influence(shards, two):
+    """With few samples by a pass for each, with many through the cut."""
+    want = alone("mlp", shards, InfluenceGrad(), InfluenceProjection())
+    first = 0
+    for part in two[f"influence {shards}"]:
+        here = slice(first, first := first + len(part["samples"]))
+        assert part["passes"] == want.passes
+        assert_close(part["projection"], want.influence_projection[here], 1e-11)
+        for name, t in want.grad_influence.items():
+            assert float((part["grad_influence"][name] - t[here]).norm()) <= 1e-11 * float(t.norm()) + 1e-14
 
 
 # ---------------------------------------------------------------------------- messages

@@ -31,12 +31,14 @@ class BatchOperator:
         gradient: ∂L/∂F.
         weights: of V's rows in the per-component gradients, ``[n, c]``, where they are such combinations.
         recorded: what the graph reads.
+        everybody: over whose ranks the batch is spread; ``u`` and rows are then this rank's, and all call together.
     """
 
     def __init__(self, batch: Batch) -> None:
         self.parameters, self.factor = dict(batch.parameters), batch.loss.factor
         self.gradient, self.weights = batch.loss.gradient, batch.loss.weights
         self._output, self._list = batch.output, list(self.parameters.values())
+        self.everybody = batch.ranks.everybody
         with torch.enable_grad():
             self._u = torch.zeros_like(self._output, requires_grad=True)
             w = torch.autograd.grad(self._output, self._list, self._u, create_graph=True, materialize_grads=True)
@@ -62,7 +64,8 @@ class BatchOperator:
         got = torch.autograd.grad(
             self._output, self._list, u, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return torch.cat([t.reshape(-1) for t in got])
+        flat = torch.cat([t.reshape(-1) for t in got])
+        return self.everybody.sum([flat], "matrix-free products")[0]
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """G v, flat."""
@@ -93,7 +96,8 @@ class MatrixFreeGGN(GGN):
     `NeedsRows`.
 
     It belongs to the network as it was: once a parameter, or anything else that the graph reads, has another value, a
-    product raises RuntimeError.
+    product raises RuntimeError. Over several processes it has its eigenpairs, gradient, slopes and curvatures, and no
+    products: they would need messages.
 
     Args:
         operators: one per mini-batch; G = Σ share · operator.
@@ -104,12 +108,18 @@ class MatrixFreeGGN(GGN):
     def __init__(self, operators: Sequence[BatchOperator], top: int, shares: Sequence[float] = (1.0,)) -> None:
         parameters = operators[0].parameters
         shapes, like = {name: p.shape for name, p in parameters.items()}, next(iter(parameters.values())).detach()
-        super().__init__(shapes, sum(op.components for op in operators), like, top)
-        self._operators, self._shares = operators, shares
+        everybody = operators[0].everybody
+        components = sum(map(int, everybody.numbers(sum(op.components for op in operators))))
+        super().__init__(shapes, components, like, top)
+        self._operators, self._shares, self._over = operators, shares, 1  # processes, once it is complete
         if top >= self.dim:
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
         self._gradient = self._sum(lambda op: op.vjp(op.gradient))
-        self._pairs = eigenpairs(self._through, self.dim, top, like)
+        pairs = eigenpairs(self._through, self.dim, top, like)
+        self._pairs = tuple(everybody.gather(t, "eigenpairs")[0] for t in pairs)  # one rank's signs for all
+        if everybody.size > 1:  # whatever needs messages, now
+            self._known = tuple(everybody.rows(t, "slopes and curvatures") for t in (self.slopes(), self.curvatures()))
+        self._over = everybody.size
 
     # ---------------------------------------------------------------- the network
     @property
@@ -119,6 +129,12 @@ class MatrixFreeGGN(GGN):
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Every use of the graphs after the first is in this block."""
+        if self._over > 1:
+            raise RuntimeError(
+                f"This MatrixFreeGGN is that of a batch on {self._over} processes: its products run through the "
+                "network on all of them, with messages. It has its eigenpairs, gradient, slopes and curvatures; for "
+                "products and solves use LowRankGGN(matrix_free=False)."
+            )
         with ExitStack() as stack:
             for op in self._operators:
                 stack.enter_context(op.recorded.unchanged())
@@ -165,11 +181,18 @@ class MatrixFreeGGN(GGN):
 
     def slopes(self, k: int | None = None) -> Tensor:
         """γ[n, d] = g_n · e_d = ∂L/∂F_n · (J e_d)_n, ``[N, k]``."""
+        if self._over > 1:
+            return self._known[0][:, self._leading(k)]
         return self._along(k, lambda op, Je: (op.gradient * Je).flatten(1).sum(1))
 
     def curvatures(self, k: int | None = None) -> Tensor:
         """λ[n, d] = (J e_d)_n · H_n (J e_d)_n, ``[N, k]``."""
+        if self._over > 1:
+            return self._known[1][:, self._leading(k)]
         return self._along(k, lambda op, Je: op.factor.coefficients(Je).square().sum(1))
+
+    def _leading(self, k: int | None) -> slice:
+        return slice(0, self.unit_vectors(k).shape[1])
 
     def _along(self, k: int | None, f: Callable[[BatchOperator, Tensor], Tensor]) -> Tensor:
         directions = self.unit_vectors(k).T
