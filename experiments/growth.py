@@ -68,6 +68,10 @@ class Count:
         below: Σ over statistics of the backward FLOPs of the layers below but the direct one, per sample.
         directions: Σ over parameters of the directions kept for them (entries of P).
         passing: statistics that need a pass (all but those of a first BatchNorm).
+        between: Σ over pairs of BatchNorms of the product of their statistics (entries of B).
+        below_norms: parameters of the layers directly below a BatchNorm (their own P, of one moment).
+        inputs: features that these layers see (means of their inputs).
+        norms: BatchNorms.
     """
 
     flops: float = 0.0
@@ -77,6 +81,10 @@ class Count:
     below: float = 0.0
     directions: float = 0.0
     passing: int = 0
+    between: int = 0
+    below_norms: int = 0
+    inputs: int = 0
+    norms: int = 0
     layers: list[tuple[float, int]] = field(default_factory=list)  # backward FLOPs and parameters of the layers so far
 
 
@@ -94,10 +102,15 @@ def count(network: nn.Module, sample: Tensor) -> Count:
 
     def norm(module: nn.Module, args: tuple, output: Tensor) -> None:
         size, earlier = 2 * module.num_features, result.layers[:-1]
+        result.norms += 1
+        result.between += size * result.statistics
+        result.below_norms += result.layers[-1][1]
+        result.inputs += result.layers[-1][1] // module.num_features
         result.below += size * sum(flops for flops, _ in earlier)
         result.directions += size * sum(p for _, p in earlier)
         result.passing += size if earlier else 0
         result.statistics += size
+        result.layers.append((0.0, sum(p.numel() for p in module.parameters())))
 
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -155,6 +168,19 @@ def diagonal(name: str, n: int) -> list[str]:
     return [name, str(n), *said, f"{plain / (passes + correction):.1f}", human(4 * c.directions, "B")]
 
 
+def messages(c: Count) -> dict[str, int]:
+    """Numbers that a rank sends for a diagonal by the coupled way, by purpose as in ``Results.messages``."""
+    norms = c.norms
+    return {
+        "statistics": c.statistics + norms,
+        "means of inputs": c.inputs + norms,
+        "B": c.between,
+        "P": int(c.directions),
+        "P of the layer below a BatchNorm": c.below_norms,
+        "results": c.parameters,
+    }
+
+
 DIAGONAL = ["network", "N", "plain passes", "coupled: passes", "coupled: A P", "plain / coupled", "P"]
 QUANTITIES = ["quantity", "backward passes", "work", "memory"]
 
@@ -195,6 +221,13 @@ def main() -> int:
             table(f"{head}, N = 256, C = 1000:", QUANTITIES, rows(c, 256, 1000)),
             table("The same with C = 10 and N = 64 (fine-tuning):", QUANTITIES, rows(c, 64, 10)),
             table("Networks of the benchmark:", DIAGONAL, [diagonal(name, n) for name, n in SMALL]),
+            table(
+                "Over several processes, whatever their number and N: numbers that a rank sends for the exact diagonal "
+                "of ResNet-50 by the coupled way (B and P at most: parallel branches count as one after the other; "
+                "passes with closed gates send nothing):",
+                ["purpose", "numbers", "bytes"],
+                [[purpose, human(n, ""), human(4 * n, "B")] for purpose, n in messages(c).items()],
+            ),
             "Passes counted this way equal those that bncurv reports on the small networks: " + ", ".join(said) + ".",
         ]
     )

@@ -57,6 +57,14 @@ def cnn() -> nn.Module:
     return perturbed(Residual())
 
 
+def plain_cnn() -> nn.Module:
+    """Convolutions without biases, one after the other."""
+    torch.manual_seed(0)
+    layers = [nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.Tanh()]
+    layers += [nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten()]
+    return perturbed(nn.Sequential(*layers, nn.Linear(24, 3)))
+
+
 def perturbed(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         nn.init.normal_(p, std=0.5) if p.dim() > 1 else nn.init.uniform_(p, 0.5, 1.5)
@@ -142,6 +150,10 @@ def report(shards: tuple[int, ...]) -> dict[str, Any]:
     return {
         layer.removeprefix("module."): (c.own_trace, c.full_trace, c.singular_values) for layer, c in coupling.items()
     }
+
+
+def messages(shards: tuple[int, ...]) -> dict[str, Any]:
+    return told(curvature(synced(plain_cnn()), CE, mine(shards), DiagGGNExact(), method="coupled"))
 
 
 def matrix_free(shards: tuple[int, ...], plain: bool) -> dict[str, Any]:

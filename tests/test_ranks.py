@@ -50,6 +50,7 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "monte carlo": (jobs.monte_carlo, (UNEVEN, None), {}),
     "monte carlo, generator": (jobs.monte_carlo, (UNEVEN, 5), {}),
     "truncated 0.3": (jobs.truncated, (UNEVEN, 0.3), {}),
+    "messages": (jobs.messages, (UNEVEN,), {}),
     "report": (jobs.report, (UNEVEN,), {}),
     "gesture": (jobs.gesture, (UNEVEN, False), {}),
     "gesture, plain": (jobs.gesture, (UNEVEN, True), {}),
@@ -307,3 +308,15 @@ def test_experiment(tmp_path):
     assert (tmp_path / "several_processes.png").exists()
     alone = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert alone.returncode == 2 and "start it with torchrun --standalone" in alone.stderr
+
+
+def test_messages_counted_on_paper(two):
+    """Those of a sequential network without biases, as `experiments/growth.py` counts them."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+    try:
+        from growth import count, messages
+    finally:
+        sys.path.pop(0)
+    counted = messages(count(jobs.plain_cnn(), jobs.batch(1)[0]))
+    sent = two["messages"][0]["messages"]
+    assert {purpose: 8 * n for purpose, n in counted.items()} == {purpose: sent[purpose].bytes for purpose in counted}
