@@ -8,29 +8,20 @@ Nothing global is kept: the marks live and die with the graph; ``graph.py`` coll
 
 from __future__ import annotations
 
-import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.nn.modules import module as torch_module
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from bncurv.batchnorm import batch_norm
 from bncurv.bodies import ALWAYS, WITH_PARAMETERS
-from bncurv.constants import CONSTANT, DATA, OWN, Constants
-from bncurv.eager import release, run_eagerly
-from bncurv.gate import COUPLED, Coupling, Gates, recoupled
+from bncurv.constants import CONSTANT, DATA, OWN
+from bncurv.gate import Coupling
 from bncurv.layers import EXPANDED, LAYERS
 from bncurv.layers.affine import BatchNormTrain
 from bncurv.layers.base import Layer
@@ -39,50 +30,21 @@ from bncurv.marks import (
     HOOKED,
     LOWERED,
     MARK,
-    MODULE,
     RECOMPUTED,
-    RETAINED,
     UNGATED,
     Call,
     Mark,
-    edges_below,
     leaves_of,
     metadata,
     plain_tensor,
 )
 from bncurv.meeting import ELEMENTWISE, EXPANDING, computed, copied, name_of, spread
-from bncurv.ranks import ALONE, Ranks
+from bncurv.modes import free, plain_wanted, recomputes
 from bncurv.sync import arguments_of, sync_batch_norm
+from bncurv.watch import Watch
 
 HALF = (torch.float16, torch.bfloat16)
 _TRAIN = BatchNormTrain()
-
-
-def _checkpointing() -> bool:
-    """Whether ``torch.utils.checkpoint`` runs this code, for the first or the second time."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
-        frame = frame.f_back
-    return frame is not None
-
-
-def _recomputes() -> bool:
-    """Whether saved tensors are packed here and made again in the backward pass (checkpoints, offloading)."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.7 and newer
-    return hooks(True) is not None if hooks else _checkpointing()
-
-
-def _plain_wanted(x: Tensor, *affine: Tensor | None) -> str | None:
-    """Where a BatchNorm must run ungated: PyTorch differentiates it otherwise than by one recorded graph.
-
-    Inside ``torch.utils.checkpoint`` the second run must save the same tensors; ``torch.func`` transforms (asked for
-    as `torch.autograd.Function` does) and forward-mode differentiation have rules for PyTorch's own BatchNorm only.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform"
-    if any(unpack_dual(t).tangent is not None for t in (x, *affine) if t is not None):
-        return "forward-mode differentiation"
-    return "torch.utils.checkpoint" if _checkpointing() else None
 
 
 def tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
@@ -94,97 +56,8 @@ def tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(a)
 
 
-class Recorder(TorchFunctionMode):
-    """Watch the forward pass of ``model`` inside a ``with`` block.
-
-    Args:
-        model: the model that runs in the block; gives modules their names.
-        private: nobody but us pulls through the graph, so ``retain_grad()`` in its code means nothing.
-        ranks: those that share the statistics of `torch.nn.SyncBatchNorm`.
-    """
-
-    def __init__(self, model: nn.Module, private: bool = False, ranks: Ranks = ALONE) -> None:
-        super().__init__()
-        self._private, self._model, self._ranks = private, model, ranks
-        self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
-        self._learnt = {id(p) for p in model.parameters()}
-        self._fixed = {id(b) for b in model.buffers()}
-
-    def __enter__(self) -> Recorder:
-        self._stack, self._gates, self._thread = [type(self._model).__name__], Gates(), threading.get_ident()
-        self._constants = Constants(self._model)
-        register_module_forward_pre_hook(self._enter_module)
-        register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
-        run_eagerly(self)
-        for m in self._synchronised():
-            vars(m)["forward"] = partial(self._sync_batch_norm, m)  # its own is no torch function, and wants a GPU
-        return super().__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        if _get_current_function_mode_stack()[-1:] == [self]:  # else an interrupt came while PyTorch held it apart
-            super().__exit__(*exc)
-        self.stop()
-
-    def stop(self) -> None:
-        """Take back all but the function mode itself; may be called again, also if nothing had begun."""
-        release(self)
-        for m in self._synchronised():
-            if getattr(getattr(vars(m).get("forward"), "func", None), "__self__", None) is self:
-                del vars(m)["forward"]
-        for table in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
-            for key, hook in list(table.items()):
-                if getattr(hook, "__self__", None) is self:
-                    torch_module._global_forward_hooks_with_kwargs.pop(key, None)
-                    torch_module._global_forward_hooks_always_called.pop(key, None)
-                    table.pop(key, None)
-
-    def _synchronised(self) -> list[nn.SyncBatchNorm]:
-        """The layers whose statistics are those of several ranks."""
-        return [m for m in self._model.modules() if isinstance(m, nn.SyncBatchNorm) and self._ranks is not ALONE]
-
-    def _sync_batch_norm(self, m: nn.SyncBatchNorm, x: Tensor) -> Tensor:
-        """In place of the forward of `torch.nn.SyncBatchNorm`."""
-        arguments, on_batch = arguments_of(m, x)
-        if not on_batch:
-            return nnf.batch_norm(**arguments)
-        with torch._C.DisableTorchFunction():
-            return self._batch_norm(arguments, partial(sync_batch_norm, ranks=self._ranks))
-
-    @staticmethod
-    def watches() -> bool:
-        """Whether a recorder watches this thread."""
-        return any(isinstance(mode, Recorder) for mode in _get_current_function_mode_stack())
-
-    def _watched(self, module: nn.Module) -> bool:
-        """Hooks for all modules fire in all threads, and for other models too."""
-        return id(module) in self._names and threading.get_ident() == self._thread
-
-    def _enter_module(self, module: nn.Module, args: tuple) -> None:
-        if self._watched(module):
-            self._stack.append(self._names[id(module)])
-
-    def _leave_module(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
-        kwargs, output = rest if len(rest) == 2 else ({}, None)  # after a failed forward PyTorch drops an argument
-        if not self._watched(module):
-            return None
-        pair = COUPLED.get(type(module))
-        if pair is not None and isinstance(output, Tensor) and output.requires_grad:
-            output = self._couple(module, args[0] if args else next(iter(kwargs.values())), output)
-        name = self._stack.pop()
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor):
-            with torch._C.DisableTorchFunction():  # what is read here need not come by
-                node, shape, output_nr = first.grad_fn, first.shape, first.output_nr
-            if node is not None:
-                metadata(node).setdefault(MODULE, (name, shape, output_nr))
-        return output if pair is not None else None
-
-    def _couple(self, module: nn.Module, x: Tensor, expected: Tensor) -> Tensor:
-        y, copies, coupling = recoupled(module, x, expected, self._stack[-1], self._gates)
-        if coupling is not None:
-            node = get_gradient_edge(copies).node
-            metadata(node)[MARK] = Mark(None, coupling, copies.output_nr, len(copies), tuple(edges_below(node)))
-        return y
+class Recorder(Watch):
+    """Watch the forward pass of ``model`` inside a ``with`` block, and mark what it leaves on the graph."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -199,7 +72,7 @@ class Recorder(TorchFunctionMode):
         if first.grad_fn is not None:
             if first.dtype in HALF:
                 metadata(first.grad_fn).setdefault(LOWERED, []).append(self._stack[-1])
-            if _recomputes():
+            if recomputes():
                 metadata(first.grad_fn)[RECOMPUTED] = True
         elif not first.requires_grad:
             self._constants.note(name_of(func), args, kwargs, output)
@@ -219,11 +92,11 @@ class Recorder(TorchFunctionMode):
             func is nnf.batch_norm and arguments.get("training", False) and self._source(arguments["input"]) != OWN
         )
         affine = (arguments.get("weight"), arguments.get("bias"))
-        reason = _plain_wanted(arguments["input"], *affine) if coupled else None
+        reason = plain_wanted(arguments["input"], *affine) if coupled else None
         if coupled and not reason:
             return self._batch_norm(arguments)
         output = func(*args, **kwargs)
-        if func is nnf.linear and output._is_view() and self._free():  # an in-place operation would replace its node
+        if func is nnf.linear and output._is_view() and free():  # an in-place operation would replace its node
             output = torch.ops.aten._unsafe_view(output, output.shape)
         if reason and output.grad_fn is not None:
             metadata(output.grad_fn).setdefault(UNGATED, []).append(
@@ -233,11 +106,6 @@ class Recorder(TorchFunctionMode):
             self._mark(output, layer, arguments)
         return output
 
-    @staticmethod
-    def _free() -> bool:
-        """Whether operations may be put in: no second run that must save the same, no transform of torch.func."""
-        return not (torch._C._are_functorch_transforms_active() or _recomputes())
-
     def _meet(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of no row of the table; parameters that meet data there are marked."""
         name, body = name_of(func), self._body(func, args, kwargs)
@@ -246,10 +114,10 @@ class Recorder(TorchFunctionMode):
                 output = body(*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        if name in ELEMENTWISE and self._free():
+        if name in ELEMENTWISE and free():
             args, kwargs = spread(args, kwargs, self._learnt, self._source, self._mark_copies)
         output = func(*args, **kwargs)
-        if name in EXPANDING and self._free():
+        if name in EXPANDING and free():
             copied(output, args[0], self._learnt, self._mark_copies)
         return output
 
@@ -257,9 +125,9 @@ class Recorder(TorchFunctionMode):
         """What is run in place of a function."""
         always, some = ALWAYS.get(func), WITH_PARAMETERS.get(func)
         if always is not None:
-            return always if self._free() else None
+            return always if free() else None
         tensors = list(tensors_in((*args, *kwargs.values()))) if some else []
-        if some is None or not any(self._source(t) for t in tensors if t.requires_grad) or not self._free():
+        if some is None or not any(self._source(t) for t in tensors if t.requires_grad) or not free():
             return None
         axes = max(t.dim() for t in tensors) if len(tensors) > 1 else 0
 
@@ -288,12 +156,13 @@ class Recorder(TorchFunctionMode):
     def _mark_copies(self, rows: Tensor, p: Tensor, constant: bool = False) -> None:
         self._mark(rows, EXPANDED, {"weight": p, "shape": rows.shape}, constant=constant)
 
-    def _retain_grad(self, x: Tensor) -> None:
-        if self._private and x.requires_grad:
-            return
-        x.retain_grad()
-        if x.grad_fn is not None:
-            metadata(x.grad_fn).setdefault(RETAINED, []).append(weakref.ref(x))
+    def _sync_batch_norm(self, m: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        """In place of the forward of `torch.nn.SyncBatchNorm`."""
+        arguments, on_batch = arguments_of(m, x)
+        if not on_batch:
+            return nnf.batch_norm(**arguments)
+        with torch._C.DisableTorchFunction():
+            return self._batch_norm(arguments, partial(sync_batch_norm, ranks=self._ranks))
 
     def _batch_norm(self, arguments: dict[str, Any], layer: Callable = batch_norm) -> Tensor:
         kind, arguments = type(arguments["input"]), {role: plain_tensor(t) for role, t in arguments.items()}

@@ -15,7 +15,7 @@ FLOORS = [
     {"undo", "slow", "turns", "eager", "autocast", "nested", "ranks"},
     {"budget", "precision", "probes", "order", "gate", "batchnorm", "sync", "einsum", "recurrent", "layers", "factor",
      "losses", "loss_calls", "heads", "bodies"},
-    {"constants", "marks", "meeting", "record", "graph", "structure"},
+    {"constants", "marks", "meeting", "modes", "watch", "record", "graph", "structure"},
     {"blocks", "squares", "products", "linearity", "passes", "costs", "statistics_passes", "directions", "truncation",
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},
