@@ -220,6 +220,8 @@ def ranks_of(model: nn.Module, process_group: Any = None) -> Ranks:
     Raises:
         ValueError: for a model whose layers take their statistics over different ranks.
     """
+    if not isinstance(model, nn.Module):  # told so later
+        return ALONE
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
     training = [(name, m) for name, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.training]
     synced = {name: m for name, m in training if isinstance(m, nn.SyncBatchNorm)}
