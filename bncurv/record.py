@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 from bncurv.batchnorm import batch_norm
 from bncurv.bodies import ALWAYS, WITH_PARAMETERS
@@ -147,11 +148,11 @@ class Recorder(Watch):
     @contextmanager
     def _inside(self) -> Iterator[None]:
         """See the calls inside of a function too."""
-        super().__enter__()
+        TorchFunctionMode.__enter__(self)  # no more of it than that
         try:
             yield
         finally:
-            super().__exit__(None, None, None)
+            TorchFunctionMode.__exit__(self, None, None, None)
 
     def _mark_copies(self, rows: Tensor, p: Tensor, constant: bool = False) -> None:
         self._mark(rows, EXPANDED, {"weight": p, "shape": rows.shape}, constant=constant)
