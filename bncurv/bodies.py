@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from bncurv.einsum import Own, addmm, bilinear, einsum, matmul, rmatmul
+from bncurv.einsum import Own, addmm, bilinear, einsum, matmul, of_axes, rmatmul
 from bncurv.recurrent import STEPS, cell, recurrent
 
 
@@ -78,12 +78,12 @@ def repeat(own: Own, t: Tensor, *sizes: Any) -> Any:
     return t.expand(sizes[0], *t.shape).flatten(0, 1)
 
 
-def _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
-    return nnf.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+def _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
+    return nnf.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-def _instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn_enabled):
-    return nnf.instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
+def _instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled):
+    return nnf.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
@@ -111,8 +111,10 @@ _RECURRENT = {kind: getattr(torch, kind) for kind in STEPS}
 _CELLS = {kind: getattr(torch, f"{kind}_cell") for kind in STEPS}
 WITH_PARAMETERS: dict[Callable, Callable] = {
     torch.einsum: einsum,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), matmul),
-    **dict.fromkeys((torch.bmm, Tensor.bmm, torch.mv, Tensor.mv), matmul),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm), of_axes(2, 2)),
+    **dict.fromkeys((torch.mv, Tensor.mv), of_axes(2, 1)),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), of_axes(3, 3)),
     Tensor.__rmatmul__: rmatmul,
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), addmm),
     nnf.bilinear: bilinear,

@@ -27,21 +27,25 @@ def einsum(own: Own, equation: Any, *operands: Any) -> Any:
     if terms is None or any(t.is_complex() for t in operands):
         return NotImplemented
     *inputs, output = terms
+    some = _unrepeated(operands, inputs)
+    if some is None:
+        return NotImplemented
+    tensors, inputs = some
     sides: dict[bool, dict[int, str]] = {False: {}, True: {}}
-    for k, (t, letters) in enumerate(zip(operands, inputs, strict=True)):
+    for k, (t, letters) in enumerate(zip(tensors, inputs, strict=True)):
         sides[own(t)][k] = letters
     if not sides[False] or not sides[True]:
         return NotImplemented
     (x, of_x), (w, of_w) = (
-        _joined([operands[k] for k in some], list(some.values()), {*output}.union(*others.values()))
-        for some, others in ((sides[False], sides[True]), (sides[True], sides[False]))
+        _joined([tensors[k] for k in part], list(part.values()), {*output}.union(*others.values()))
+        for part, others in ((sides[False], sides[True]), (sides[True], sides[False]))
     )
     rows = [c for c in output if c in of_x and c not in of_w]
     return _contracted(x, of_x, w, of_w, output, rows) if rows else NotImplemented
 
 
 def _letters(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
-    """The letters of the operands' axes and of the output's; ``None`` for diagonals, and where axes are broadcast."""
+    """The letters of the operands' axes and of the output's; ``None`` for diagonals."""
     given, arrow, output = equation.replace(" ", "").partition("->")
     terms = given.split(",")
     unused = [c for c in string.ascii_letters if c not in equation]
@@ -52,9 +56,20 @@ def _letters(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
     more = "".join(unused[:dots])
     found = [_spelled(term, more, t.dim()) for term, t in zip(terms, operands, strict=True)]
     found.append(output.replace("...", more))
-    lengths = {pair for letters, t in zip(found, operands, strict=False) for pair in zip(letters, t.shape, strict=True)}
-    diagonal = any(len(set(letters)) < len(letters) for letters in found)
-    return None if diagonal or len(lengths) > len({c for c, _ in lengths}) else found
+    return None if any(len(set(letters)) < len(letters) for letters in found) else found
+
+
+def _unrepeated(operands: Sequence[Tensor], terms: list[str]) -> tuple[list[Tensor], list[str]] | None:
+    """Operands without axes of length one along which others are longer, and their letters; ``None`` if none fits."""
+    axes = [list(zip(term, t.shape, strict=True)) for term, t in zip(terms, operands, strict=True)]
+    lengths = {c: {length for of in axes for other, length in of if other == c} for of in axes for c, _ in of}
+    if any(len(found - {1}) > 1 for found in lengths.values()):
+        return None
+    kept = [[(c, length) for c, length in of if length > 1 or len(lengths[c]) == 1] for of in axes]
+    shapes = [[length for _, length in of] for of in kept]
+    return [t.reshape(shape) for t, shape in zip(operands, shapes, strict=True)], [
+        "".join(c for c, _ in of) for of in kept
+    ]
 
 
 def _spelled(term: str, more: str, axes: int) -> str:
@@ -88,22 +103,16 @@ def _contracted(x: Tensor, of_x: str, w: Tensor, of_w: str, output: str, rows: l
     return y.reshape([size[c] for c in found]).permute([found.index(c) for c in output])
 
 
-def matmul(own: Own, a: Tensor, b: Tensor) -> Any:
+def matmul(own: Own, input: Tensor, other: Tensor) -> Any:
     """As `einsum`."""
-    a, b = _squeezed(own, a, b.dim()), _squeezed(own, b, a.dim())
-    left, right = "k" if a.dim() == 1 else "...mk", "k" if b.dim() == 1 else "...kn"
-    output = "..." * (a.dim() > 1 or b.dim() > 1) + "m" * (a.dim() > 1) + "n" * (b.dim() > 1)
-    if a.dim() > 1 and b.dim() == 1:
+    a, b = input.dim(), other.dim()
+    if not a or not b or input.shape[-1] != other.shape[-2 if b > 1 else 0]:
+        return NotImplemented  # for PyTorch to refuse
+    left, right = "k" if a == 1 else "...mk", "k" if b == 1 else "...kn"
+    output = "..." * (a > 1 or b > 1) + "m" * (a > 1) + "n" * (b > 1)
+    if a > 1 and b == 1:
         left, output = "...k", "..."
-    return einsum(own, f"{left},{right}->{output}", a, b)
-
-
-def _squeezed(own: Own, t: Tensor, axes: int) -> Tensor:
-    """What is the same for all samples without the axes of length one that stand for them, beside one of ``axes``."""
-    if not 2 < t.dim() <= axes or len(t) > 1 or not own(t):
-        return t
-    first = next((axis for axis, length in enumerate(t.shape[:-2]) if length > 1), t.dim() - 2)
-    return t.reshape(t.shape[first:])
+    return einsum(own, f"{left},{right}->{output}", input, other)
 
 
 def rmatmul(own: Own, b: Tensor, a: Tensor) -> Any:
@@ -111,16 +120,28 @@ def rmatmul(own: Own, b: Tensor, a: Tensor) -> Any:
     return matmul(own, a, b)
 
 
-def addmm(own: Own, bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    """``beta bias + alpha a @ b``."""
-    product = matmul(own, a, b) if own(a) or own(b) else torch.matmul(a, b)
+def of_axes(a: int, b: int) -> Callable[..., Any]:
+    """`matmul` of tensors with so many axes, those of the batch alike (``mm``, ``mv``, ``bmm``)."""
+
+    def product(own: Own, input: Tensor, other: Tensor) -> Any:
+        fits = input.dim() == a and other.dim() == b and input.shape[: a - 2] == other.shape[: a - 2]
+        return matmul(own, input, other) if fits else NotImplemented
+
+    return product
+
+
+def addmm(own: Own, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    """``beta input + alpha mat1 @ mat2``."""
+    if mat1.dim() != mat2.dim() or mat1.shape[:-2] != mat2.shape[:-2]:
+        return NotImplemented
+    product = matmul(own, mat1, mat2) if own(mat1) or own(mat2) else torch.matmul(mat1, mat2)
     if product is NotImplemented:
         return product
     product = product if alpha == 1 else alpha * product
-    return product + (bias if beta == 1 else beta * bias)
+    return product + (input if beta == 1 else beta * input)
 
 
-def bilinear(own: Own, one: Tensor, two: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def bilinear(own: Own, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """``y_o = x1ᵀ W_o x2 + b_o``."""
-    y = einsum(own, "...i,oij,...j->...o", one, weight, two)
+    y = einsum(own, "...i,oij,...j->...o", input1, weight, input2)
     return y if y is NotImplemented or bias is None else y + bias

@@ -117,4 +117,3 @@ class InfluenceProjection(Quantity):
     def withdraw(self, parameters: Parameters) -> None:
         """Forget it."""
         self.result = None
-

@@ -23,6 +23,7 @@ RETAINED = "bncurv.retained"  # references to tensors with retain_grad()
 HOOKED = "bncurv.hooked"  # output numbers of tensors with a hook
 RECOMPUTED = "bncurv.recomputed"  # saved tensors are made again in the backward pass
 UNGATED = "bncurv.ungated"  # sentences: which coupled layer runs without a gate, and why
+TOUCHED = "bncurv.touched"  # data without gradient went in
 LOWERED = "bncurv.lowered"  # modules that computed in half precision
 
 
@@ -33,7 +34,7 @@ def metadata(node: Node) -> dict[str, Any]:
 
 
 def leaves_of(
-    t: Tensor, learnt: Container[int], passed: list[Node] | None = None, most: int = 1000
+    t: Tensor, learnt: Container[int], passed: list[Node] | None = None, data: bool = True, most: int = 1000
 ) -> list[Tensor] | None:
     """The parameters that a tensor is computed from, by operations that leave no mark.
 
@@ -41,6 +42,7 @@ def leaves_of(
         t: the tensor.
         learnt: ids of the parameters.
         passed: takes the nodes of calls on constants, which then count as such operations too.
+        data: whether tensors without gradient may have gone in that are no constants.
         most: nodes to look at.
 
     Returns:
@@ -60,7 +62,7 @@ def leaves_of(
         mark: Mark | None = notes.get(MARK)
         if mark and passed is not None and mark.call and mark.call.constant:
             passed.append(node)
-        elif mark or HOOKED in notes or len(seen) > most:
+        elif mark or HOOKED in notes or len(seen) > most or (TOUCHED in notes and not data):
             return None
         if variable is not None:
             if id(variable) not in learnt:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from bncurv.marks import (
     LOWERED,
     MARK,
     RECOMPUTED,
+    TOUCHED,
     UNGATED,
     Call,
     Mark,
@@ -57,6 +59,14 @@ def tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(a)
 
 
+def _binds(body: Callable, *args: Any, **kwargs: Any) -> bool:
+    """Whether a body takes arguments by these names."""
+    try:
+        return not kwargs or bool(signature(body).bind(*args, **kwargs))
+    except TypeError:
+        return False
+
+
 class Recorder(Watch):
     """Watch the forward pass of ``model`` inside a ``with`` block, and mark what it leaves on the graph."""
 
@@ -75,6 +85,8 @@ class Recorder(Watch):
                 metadata(first.grad_fn).setdefault(LOWERED, []).append(self._stack[-1])
             if recomputes():
                 metadata(first.grad_fn)[RECOMPUTED] = True
+            if any(not t.requires_grad and self._source(t) == DATA for t in tensors_in((*args, *kwargs.values()))):
+                metadata(first.grad_fn)[TOUCHED] = True
         elif not first.requires_grad:
             self._constants.note(name_of(func), args, kwargs, output)
         return output
@@ -87,7 +99,9 @@ class Recorder(Watch):
         if layer is None:
             return self._meet(func, args, kwargs)
         arguments = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
-        if isinstance(layer, MatMul) and not (layer.accepts(arguments) and self._source(arguments["weight"]) == OWN):
+        if isinstance(layer, MatMul) and not (
+            layer.accepts(arguments) and self._source(arguments["weight"], data=True) == OWN
+        ):
             return self._meet(func, args, kwargs)  # by einsum, where it has a parameter elsewhere
         coupled = (
             func is nnf.batch_norm and arguments.get("training", False) and self._source(arguments["input"]) != OWN
@@ -126,9 +140,9 @@ class Recorder(Watch):
         """What is run in place of a function."""
         always, some = ALWAYS.get(func), WITH_PARAMETERS.get(func)
         if always is not None:
-            return always if free() else None
+            return always if free() and _binds(always, *args, **kwargs) else None
         tensors = list(tensors_in((*args, *kwargs.values()))) if some else []
-        if some is None or not any(self._source(t) for t in tensors if t.requires_grad) or not free():
+        if some is None or not any(self._source(t, data=True) for t in tensors if t.requires_grad) or not free():
             return None
         axes = max(t.dim() for t in tensors) if len(tensors) > 1 else 0
 
@@ -136,14 +150,17 @@ class Recorder(Watch):
             repeated = axes == 0 or t.dim() < axes or t.shape[:1] == (1,)
             return computed(t, self._learnt, repeated) if t.requires_grad else id(t) in self._fixed
 
-        return partial(some, own)
+        return partial(some, own) if _binds(some, own, *args, **kwargs) else None
 
-    def _source(self, x: Tensor) -> int:
-        """Whether data, constants or parameters alone went into a tensor; buffers count as parameters."""
+    def _source(self, x: Tensor, data: bool = False) -> int:
+        """Whether data, constants or parameters alone went into a tensor; buffers count as parameters.
+
+        With ``data`` also one that data without gradient went into is computed from parameters, as weights may be.
+        """
         if not x.requires_grad:
             return OWN if id(x) in self._fixed else CONSTANT if x in self._constants else DATA
         passed: list[Node] = []
-        return DATA if leaves_of(x, self._learnt, passed) is None else CONSTANT if passed else OWN
+        return DATA if leaves_of(x, self._learnt, passed, data) is None else CONSTANT if passed else OWN
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

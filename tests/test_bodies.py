@@ -83,6 +83,14 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     "addmm": rows(
         lambda net, h: torch.addmm(h[:, 0], h[:, 1], net.w, alpha=2)[:, None], w=lambda: parameter(4, 4)
     ),
+    "arguments by name": rows(
+        lambda net, h: torch.matmul(input=h, other=net.w) + nnf.bilinear(input1=h, input2=h, weight=net.v),
+        w=lambda: parameter(4, 4), v=lambda: parameter(4, 4, 4),
+    ),
+    "axes of one": rows(
+        lambda net, h: (h[:, None] @ net.w).sum(1) + torch.einsum("ntc,co->nto", h[..., :1], net.u),
+        w=lambda: parameter(1, 3, 4, 4), u=lambda: parameter(4, 4),
+    ),
     "vector": rows(lambda net, h: h * (h @ net.w)[..., None], w=lambda: parameter(4)),
     "bilinear": rows(lambda net, h: net.q(h, h.flip(1)), q=lambda: nn.Bilinear(4, 4, 4)),
     "bags": rows(bags, e=lambda: nn.EmbeddingBag(6, 4), f=lambda: parameter(6, 4)),
@@ -179,6 +187,21 @@ def test_forms_that_are_not_taken_apart(name):
     ):
         res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
     assert_exact(model, X, y, res)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda h, w: torch.mm(h, w),
+        lambda h, w: torch.bmm(h, w[None]),
+        lambda h, w: h[..., :1] @ w,
+        lambda h, w: torch.addmm(w, h, w),
+    ],
+)
+def test_what_pytorch_refuses(product):  # fmt: skip
+    model, X, y = problem("", {"": rows(lambda net, h: product(h, net.w), w=lambda: parameter(4, 4))})
+    with pytest.raises(RuntimeError, match="matri|shapes cannot|Expected size|must be"):
+        curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact())
 
 
 def test_products_of_buffers_with_parameters_are_weights():

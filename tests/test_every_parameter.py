@@ -179,6 +179,8 @@ FAST: dict[str, Callable[[], nn.Module]] = {
 
 OUTSIDE, NO_SAMPLES = "used in a function that is no row of the layer table", "used on rows that are no samples"
 CAUSES = {"e.weight": NO_SAMPLES, "v": OUTSIDE, "t": OUTSIDE}
+
+
 def filled(net: Net, h: Tensor) -> Tensor:
     return h.masked_fill(h > 0.5, net.v)
 
@@ -227,6 +229,16 @@ def test_slow_alone(name):
     with pytest.warns(SlowPathWarning, match=f"product for '{name}' \\({CAUSES[name]}\\).*without it") as said:
         res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
     assert len(said) == 1
+    assert_exact(model, X, y, res)
+
+
+def test_a_slow_first_function_makes_no_other_parameter_slow():
+    """What an unknown function makes of the input and a parameter is data all the same."""
+    layers = {"v": parameter(), "a": nn.Linear(32, 4), "n": nn.BatchNorm1d(4), "o": nn.Linear(4, 3)}
+    forward = lambda net, x: net.o(net.n(net.a(x.masked_fill(x > 0.5, net.v))).tanh())  # noqa: E731
+    model, X, y = problem("", {"": lambda: Net(forward, **layers).double()})
+    with pytest.warns(SlowPathWarning, match=f"product for 'v' \\({OUTSIDE}\\).*\\(3 passes without it"):
+        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
     assert_exact(model, X, y, res)
 
 

@@ -32,7 +32,7 @@ def toy(between: Callable[[Net, Tensor], Tensor] = lambda net, h: h) -> Architec
 
 def test_exact_and_fast():
     row = measure(toy())
-    assert (row.problem, row.slow, row.norms, row.samples, row.outputs) == ("", "", 1, N, C)
+    assert (row.problem, row.slow, row.norms, row.samples, row.columns) == ("", "", 1, N, C)
     assert 0 < row.error < 1e-13 and row.passes == C
     assert "| toy | none |" in one_by_one([row]) and "0 wrong, 0 with a slow parameter" in by_family([row])
 
@@ -66,7 +66,7 @@ def test_slow():
     assert row.slow == "'v' (used in a function that is no row of the layer table)" and not row.problem
     assert "| 3 + 3 N | 3 N |" in one_by_one([row]) and "- toy: 'v' (used in a function" in by_family([row])
     row = measure(toy(lambda net, h: h * h.softmax(0)))
-    assert row.dense and row.slow.startswith("the samples of the batch are mixed in") and not row.problem
+    assert row.refused and row.slow.startswith("the samples of the batch are mixed in") and not row.problem
     assert "| 3 N | 3 N |" in one_by_one([row])
     assert measure(toy(lambda net, h: h @ h)).problem.startswith("RuntimeError: mat1 and mat2")
 

@@ -17,14 +17,13 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def passes(row: Measured) -> str:
     """By the coupled way, for any N; what slow parameters add grows with it."""
-    plain = row.samples * row.outputs
-    if row.dense:
-        return f"{row.outputs} N"
-    return f"{row.passes - plain} + {row.outputs} N" if row.slow else str(row.passes)
+    if row.refused:
+        return f"{row.columns} N"
+    return f"{row.passes - row.samples * row.columns} + {row.columns} N" if row.slow else str(row.passes)
 
 
 def verdict(row: Measured) -> str:
-    return row.problem or f"{row.error:.0e}"
+    return row.problem or f"{row.error:.0e}" + ", float32 inside" * row.single
 
 
 def summary(rows: list[Measured]) -> str:
@@ -37,12 +36,17 @@ def summary(rows: list[Measured]) -> str:
 def one_by_one(rows: list[Measured]) -> str:
     """A row for each."""
     lines = [
-        [row.name, row.library, str(row.parameters), str(row.norms), passes(row), f"{row.outputs} N", verdict(row),
+        [row.name, row.library, str(row.parameters), str(row.norms), passes(row), f"{row.columns} N", verdict(row),
          row.slow or "none"]
         for row in rows
     ]  # fmt: skip
     header = ["architecture", "from", "parameters", "BatchNorms", "passes", "dense", "largest error", "slow"]
     return f"{summary(rows)}\n\n{table(header, lines)}"
+
+
+def span(numbers: list[int]) -> str:
+    """The smallest and the largest."""
+    return "–".join(str(n) for n in sorted({min(numbers), max(numbers)})) if numbers else ""
 
 
 def by_family(rows: list[Measured]) -> str:
@@ -54,12 +58,12 @@ def by_family(rows: list[Measured]) -> str:
     lines = []
     for (library, norms), members in groupby(sorted(rows, key=family), family):
         some = list(members)
-        taken = sorted(row.passes for row in some if not row.slow)
-        span = f"{taken[0]}–{taken[-1]}" if taken and taken[0] < taken[-1] else "".join(map(str, taken[:1]))
-        lines.append([library, "yes" if norms else "no", ", ".join(row.name for row in some), span or "–",
-                      f"{max(row.error for row in some):.0e}"])  # fmt: skip
+        taken, dense = [row.passes for row in some if not row.slow], [row.columns for row in some]
+        error = max((row.error for row in some if not row.single), default=float("nan"))
+        lines.append([library, "yes" if norms else "no", ", ".join(row.name for row in some), span(taken),
+                      f"{span(dense)} N", f"{error:.0e}"])  # fmt: skip
     said = [f"- {row.name}: {row.problem or row.slow}" for row in rows if row.problem or row.slow]
-    header = ["from", "BatchNorm", "architectures", "passes", "largest error"]
+    header = ["from", "BatchNorm", "architectures", "passes", "dense", "largest error"]
     return "\n".join([summary(rows), "", table(header, lines), *(["", *said] if said else [])])
 
 

@@ -25,6 +25,33 @@ class Classifier(nn.Module):
         return self.head(self.pool(self.nodes(x, edge_index), batch))
 
 
+class GPS(nn.Module):
+    """A layer of message passing beside attention within each graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = gnn.GINConv(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()))
+        self.embed, self.head = nn.Linear(FEATURES, WIDTH), nn.Linear(WIDTH, C)
+        self.layer = gnn.GPSConv(WIDTH, inner, heads=2)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+        return self.head(gnn.global_add_pool(self.layer(self.embed(x), edge_index, batch), batch))
+
+
+class TopK(nn.Module):
+    """Nodes that are left out by their score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = gnn.ARMAConv(FEATURES, WIDTH, 2), nn.BatchNorm1d(WIDTH)
+        self.pool, self.head = gnn.TopKPooling(WIDTH, 0.6), nn.Linear(WIDTH, C)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+        x = self.norm(self.conv(x, edge_index)).relu()
+        x, _, _, batch, *_ = self.pool(x, edge_index, batch=batch)
+        return self.head(gnn.global_mean_pool(x, batch))
+
+
 def graph(nodes: int) -> Data:
     """A ring with random chords."""
     ring = torch.arange(nodes)
@@ -57,4 +84,6 @@ ARCHITECTURES = [
     net("GATv2", gnn.GAT, v2=True, heads=2),
     net("PNA", gnn.PNA, aggregators=["mean", "max", "std"], scalers=["identity"], deg=torch.ones(10)),
     net("EdgeCNN", gnn.EdgeCNN),
+    Architecture("GPS", "torch_geometric", GPS, graphs, call),
+    Architecture("ARMA with TopK pooling", "torch_geometric", TopK, graphs, call),
 ]
