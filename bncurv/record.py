@@ -164,8 +164,8 @@ class Recorder(Watch):
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """See the calls inside of a function too."""
-        TorchFunctionMode.__enter__(self)  # no more of it than that
+        """See the calls inside of a function too: the mode alone again, the watch goes on."""
+        TorchFunctionMode.__enter__(self)
         try:
             yield
         finally:

@@ -13,8 +13,10 @@ import torch.nn.functional as nnf
 from cases import Net
 from test_every_parameter import N, assert_exact, parameter, problem, rows
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from bncurv import ComponentGrad, DiagGGNExact, SlowPathWarning, curvature, extend
+from bncurv.record import Recorder
 
 
 def contracted(equation: str, *shape: int) -> Callable[[], nn.Module]:
@@ -142,6 +144,19 @@ def test_forward_and_backward_are_pytorchs(name):
     nnf.cross_entropy(model(X), y).backward(), nnf.cross_entropy(plain(X), y).backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-13)
+
+
+def test_the_watch_goes_on_behind_a_body():
+    """Same gates, hooks and constants before and after a function that is taken apart."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Bilinear(6, 6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    forward = lambda net, x: net.m[3:](net.m[2](h := net.m[:2](x).tanh(), h)).tanh()  # noqa: E731
+    net = Net(forward, m=model)
+    recorder = Recorder(net)
+    with recorder:
+        before = recorder._gates, recorder._constants, recorder._stack
+        net(torch.randn(6, 4))
+        assert all(a is b for a, b in zip(before, (recorder._gates, recorder._constants, recorder._stack), strict=True))
+        assert any(getattr(h, "__self__", None) is recorder for h in torch_module._global_forward_hooks.values())
 
 
 def test_dropout_between_recurrent_layers_draws_what_pytorch_draws():
