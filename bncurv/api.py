@@ -217,10 +217,9 @@ def _curvature(
             loss = LossAtBatch(of_output, output, y, scale, hooked=True, empty_ok=True, parameters=all_of_them)
             traced = trace(output, wanted.values())
             reads, kinds = partial(readable, model, X), partial(kinds_of, model)
-            counts, elsewhere = indices.of(len(output), ranks)
             batch = Batch(
-                output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=ranks, counts=counts,
-                elsewhere=elsewhere, kinds=kinds,
+                output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=ranks,
+                spread=indices.of(len(output), ranks), kinds=kinds,
             )  # fmt: skip
             parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
             merged.add(parts, everybody.weight(weights.of(loss)), engine.error)

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bncurv.agreement import Difference, Sum, differences, largest
-from bncurv.blocks import Correction, Shard, Source
+from bncurv.blocks import Correction, Source
 from bncurv.certificate import find_mixing, unowned
 from bncurv.graph import Trace
 from bncurv.layers.copies import Embedding, Expanded
 from bncurv.passes import Passes, vjp
 from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
+from bncurv.ranks import Shard, whole
 from bncurv.slow import listed, user_level, warn_slow
 from bncurv.structure import ALL
 
@@ -61,7 +62,7 @@ class Assurance:
     def __init__(
         self, passes: Passes, trace: Trace, products: Products, sources: list[Source], shard: Shard | None = None
     ) -> None:
-        self._ranks, self._shard = passes.ranks, shard or Shard(0, passes.samples, passes.samples)
+        self._ranks, self._shard = passes.ranks, shard or whole(passes.samples)
         self._passes, self._trace, self._products, self._sources = passes, trace, products, sources
         self._output, self._structure = passes.output, passes.structure
         self.strange: set[int] = set()
@@ -79,7 +80,7 @@ class Assurance:
         """
         for j, i in self._structure.direct.items():
             offset = self._trace.sites[j].coupling.offset
-            if i is None or i not in self._products.centred or offset <= ROUNDING:
+            if i is None or i not in self._products.centred or not self._ranks.everybody.any(offset > ROUNDING):
                 continue
             call = self._trace.sites[i].call
             (delta,) = vjp([self._output], [self._trace.sites[i].edge], [self._u[None]])
@@ -88,7 +89,7 @@ class Assurance:
             rows = call.layer.left("weight", call.arguments, delta)  # [1, n, g, o, s]
             left_over = largest(rows.sum((1, 4))) * largest(self._products.mean(i, "weight"))
             truth = largest(self._products.summed_at(i, "weight", delta))
-            if self._ranks.any(left_over > torch.finfo(rows.dtype).eps * offset * truth):
+            if self._ranks.everybody.any(left_over > torch.finfo(rows.dtype).eps * offset * truth):
                 return True
         return False
 
@@ -132,18 +133,19 @@ class Assurance:
         """
         found = self._differences(names, directions, error, [self._probe])
         doubtful = [name for name, d in found.items() if d.theirs]
-        if doubtful:
+        anywhere = self._ranks.everybody.union(doubtful, names)
+        if anywhere:
             samples = self._shard.total
             probes = [self._alone(n) for n in range(0, samples, -(-samples // FEW))]
-            alone = self._differences(doubtful, directions, error, probes)
-            found |= {name: d._replace(cancelled=True) for name, d in alone.items()}  # their sum agreed
+            alone = self._differences(anywhere, directions, error, probes)
+            found |= {n: d._replace(cancelled=True) for n, d in alone.items() if n in doubtful}  # their sum agreed
         return self._said({name: d for name, d in found.items() if not d.theirs}, method)
 
     def _alone(self, n: int) -> Probe:
         """The probe of one sample: where samples meet, an ordinary pass can lose digits that it keeps of each."""
         (u, delta), one = self._probe, torch.zeros_like(self._probe[0])
-        here = slice(max(n - self._shard.first, 0), max(n + 1 - self._shard.first, 0))
-        one[here] = u[here]
+        own, _ = self._shard.here(slice(n, n + 1))
+        one[own] = u[own]
         with self._passes.closed():
             alone = vjp([self._output], self._structure.edges(list(delta)), [one[None]])
         return one, dict(zip(delta, alone, strict=True))
@@ -172,10 +174,16 @@ class Assurance:
             rows = {n: self._products.zeros(n, len(v)) if g is None else g for n, g in zip(names, got, strict=True)}
             return self._ranks.sums(rows, "check")
 
-        def most(name: str) -> float:
-            return max(self._ranks.numbers(max(self._products.terms(name, delta) for _, delta in probes)))
+        terms: dict[str, float] = {}
 
-        return differences(pull, torch.stack([u for u, _ in probes]), coupled, most)
+        def anywhere(some: list[str]) -> list[str]:
+            found = self._ranks.everybody.union(some, names)
+            for name in found:  # on all ranks, whether they need it or not
+                own = max(self._products.terms(name, delta) for _, delta in probes)
+                terms[name] = max(self._ranks.numbers(own))
+            return found
+
+        return differences(pull, torch.stack([u for u, _ in probes]), coupled, terms.__getitem__, anywhere)
 
     def _said(self, found: Mapping[str, Difference], method: str) -> list[str]:
         """Warn of differences; the names of those that go the dense way."""

@@ -133,11 +133,10 @@ def _compute(
         for gates in {site.coupling.gates for site in found.sites if site.mark.coupling}:
             undo.note(gates.open)
         check = expect_gradient(type(call.loss_fn).__name__, call.output, gradient, wanted, grads, quantities)
-        counts, elsewhere = Indices(ranks.everybody).of(len(call.output), ranks)
+        spread = Indices(ranks.everybody).of(len(call.output), ranks)
         batch = Batch(
-            call.output, at_batch, wanted, found, graph_survives=False, generator=generator, ranks=ranks, counts=counts,
-            elsewhere=elsewhere,
-        )  # fmt: skip
+            call.output, at_batch, wanted, found, graph_survives=False, generator=generator, ranks=ranks, spread=spread
+        )
         parts, _ = compute(batch, quantities, _NO_BAR, chunk_size=1 if retained else None)
     for q in quantities:
         q.deliver(q.fields(parts[q.field]), wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -11,21 +11,7 @@ from torch import Tensor
 
 from bncurv.graph import Trace
 from bncurv.loss_at_batch import LossAtBatch
-from bncurv.ranks import ALONE, Ranks
-
-
-class Shard(NamedTuple):
-    """The samples of one rank among those of all ranks that share batch statistics.
-
-    Attributes:
-        first: index of the first one.
-        total: how many there are on all ranks.
-        largest: how many there are on the rank with most: all decide by its size, and so decide alike.
-    """
-
-    first: int
-    total: int
-    largest: int
+from bncurv.ranks import ALONE, Ranks, Shard, whole
 
 
 @dataclass(frozen=True)
@@ -42,8 +28,7 @@ class Batch:
         generator: random numbers of the call, for quantities without a generator of their own (``None``: torch's
             global ones).
         ranks: those that share batch statistics; ``ranks.everybody``: those whose samples make the loss.
-        counts: samples on each of ``ranks``.
-        elsewhere: samples on all other ranks.
+        spread: which samples of the batch are here; ``None``: all.
         kinds: makes a list of the modules that the parameters belong to: their names and types, by parameter name.
         reads: makes a list of what the graph may read when it is run backward, by what a message calls it.
     """
@@ -57,8 +42,7 @@ class Batch:
     generator: torch.Generator | None = None
     reads: Callable[[], Mapping[str, Tensor]] = dict
     ranks: Ranks = ALONE
-    counts: Sequence[int] = ()
-    elsewhere: int = 0
+    spread: Shard | None = None
     kinds: Callable[[], Mapping[str, tuple[str, str]]] = dict
 
     @property
@@ -67,15 +51,9 @@ class Batch:
         return self.output.shape[0]
 
     @property
-    def all_samples(self) -> int:
-        """Samples of all ranks."""
-        return self.samples + self.elsewhere
-
-    @property
     def shard(self) -> Shard:
         """Which samples of the batch they are."""
-        counts, rank = self.counts or (self.samples,), self.ranks.rank
-        return Shard(sum(counts[:rank]), sum(counts), max(counts))
+        return self.spread or whole(self.samples)
 
 
 class Source(Protocol):

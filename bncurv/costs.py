@@ -6,11 +6,11 @@ cores (float32): elementwise work per entry, the fixed cost of one call into the
 
 from __future__ import annotations
 
-from bncurv.blocks import Shard
 from bncurv.budget import CHUNK_BYTES, DIRECTION_BYTES, ROW_BYTES, WIDEST_BYTES
 from bncurv.graph import Trace
 from bncurv.marks import Call
 from bncurv.products import Products
+from bncurv.ranks import Shard
 from bncurv.structure import ALL, Structure
 
 WORTHWHILE = 3  # fewer backward passes than this are not done at once

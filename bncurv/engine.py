@@ -146,18 +146,19 @@ class Engine:
             self._warn(self.slow)
         if not self._columns:
             return "dense"
-        if self._method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow):
-            if not self._checks.offset():
-                return "dense"
+        everybody = self.ranks.everybody  # all take the same way, for they meet again in messages
+        cheaper = self._method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow)
+        if everybody.all(cheaper) and not self._checks.offset():
+            return "dense"
         problem = self._checks.mixing()
-        if not problem and self.ranks.everybody.any(problem is not None):
+        if everybody.any(problem is not None) and not problem:
             problem = "another rank finds the samples of its batch mixed other than by a known coupled layer."
         if problem and self._method == "coupled":
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
         strange = [n for n in self.wanted if n not in self.slow and self.structure.sites(n) & self._checks.strange]
-        strange = self.ranks.everybody.union(strange, self.wanted)
+        strange = everybody.union(strange, self.wanted)
         if strange and not problem:
             self._causes |= dict.fromkeys(strange, NO_SAMPLES)
             self._warn(strange)
@@ -243,20 +244,18 @@ class Engine:
             count = columns.shape[0]
             for n in chunks(self.shard.total, max(1, size // count)):  # samples of all ranks
                 # cotangent (n, c) is column c in row n, zero elsewhere
-                first, last = (min(max(k - self.shard.first, 0), self.samples) for k in (n.start, n.stop))
-                index = torch.arange(first, last, device=columns.device)  # those that are here
-                here = index + self.shard.first - n.start
+                own, place = self.shard.here(n)
+                index = torch.arange(own.start, own.stop, device=columns.device)
                 spread = columns.new_zeros(n.stop - n.start, *columns.shape)
-                spread[here, :, index] = columns[:, index].transpose(0, 1)
-                cotangents, own = spread.flatten(0, 1), {}
+                spread[index + place.start - own.start, :, index] = columns[:, own].transpose(0, 1)
+                cotangents, squares = spread.flatten(0, 1), {}
                 if self._keep_own:
                     with self.back.closed(sums=True):
                         held = self.pull_whole(cotangents, names)
-                    own = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
+                    squares = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
                 for name, rows in self.pull_whole(cotangents, names).items():
                     if len(index):
-                        some = rows.unflatten(0, (-1, count))[int(here[0]) : int(here[-1]) + 1]
-                        yield Rows(name, some, slice(first, last), c, own.get(name))
+                        yield Rows(name, rows.unflatten(0, (-1, count))[place], own, c, squares.get(name))
 
     def _coupled(
         self, source: Source, names: list[str], directions: Directions | TruncatedDirections, squares: bool

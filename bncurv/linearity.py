@@ -44,16 +44,16 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], ranks: Ranks = ALO
     """
     step = _step(len(u))
     u, rows = u[::step], [None if r is None else r[::step] for r in rows]  # views: rows may be large
-    weights = _weights(u, rows, ranks)
+    everybody, weights = ranks.everybody, _weights(u, rows, ranks)
     probe = _mixed(weights, u)
     expected = [None if r is None else _mixed(weights, r) for r in rows]
     ordinary = pull(probe)
     apart, limits = _apart(ordinary, expected), torch.finfo(u.dtype)
     least = limits.tiny / limits.eps  # smaller numbers have not all their digits
-    if ranks.all(all(d <= EXACT[u.dtype] * size + least for d, size in apart)):
+    if everybody.all(all(d <= EXACT[u.dtype] * size + least for d, size in apart)):
         return Verdict.RIGHT
     half = pull(0.5 * probe)
-    if not ranks.all(all(d <= EXACT[u.dtype] * size + least for d, size in _apart(half, ordinary, 0.5))):
+    if not everybody.all(all(d <= EXACT[u.dtype] * size + least for d, size in _apart(half, ordinary, 0.5))):
         return Verdict.NOT_LINEAR
     moved = [_apart(pull(factor * probe), ordinary, factor) for factor in (0.7, 0.9, 1.3, 0.55, 1.1, 1.7)]
     noise = [max(d for d, _ in by_factor) for by_factor in zip(*moved, strict=True)]
@@ -61,7 +61,7 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], ranks: Ranks = ALO
     explained = (
         d <= max(ROUGHLY[u.dtype] * size, ROUNDING * n, floor) for (d, size), n in zip(apart, noise, strict=True)
     )
-    return Verdict.RIGHT if ranks.all(all(explained)) else Verdict.OTHER_ROWS
+    return Verdict.RIGHT if everybody.all(all(explained)) else Verdict.OTHER_ROWS
 
 
 def _step(count: int) -> int:
@@ -84,7 +84,8 @@ def _weights(u: Tensor, rows: list[Tensor | None], ranks: Ranks) -> Tensor:
         return u.new_ones(1)
     sent, limits = loudness(u), torch.finfo(u.dtype)
     found = torch.stack([torch.zeros_like(sent), *(loudness(r) for r in rows if r is not None)]).amax(0)
-    sent, found = torch.stack(ranks.gather(torch.stack([sent, found]), "check")).amax(0)  # the same on all ranks
+    if ranks.size > 1:  # the same on all of them
+        sent, found = torch.stack(ranks.gather(torch.stack([sent, found]), "check")).amax(0)
     alike = (found / sent.clamp(min=limits.tiny)).amax() * sent
     level = power_of_two(torch.where(found > 0, found.maximum(limits.eps**0.5 * alike), alike))
     return pattern(sent.shape, u) * (level.amax() / level).to(u.dtype)  # torch 2.6 has made it float64

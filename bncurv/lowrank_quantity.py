@@ -111,7 +111,7 @@ class LowRankGGN(Quantity):
     def _works_free(self, batch: Batch) -> bool:
         """Whether to work matrix-free: decided by the first mini-batch. Refuses a V that does not fit."""
         whole, free, several = batch.loss.whole, self.matrix_free, batch.ranks.everybody.size > 1
-        samples = batch.all_samples
+        samples = batch.shard.everywhere
         rows = len(whole.columns) if whole is not None else samples * batch.loss.factor.columns_per_sample
         need = sum(p.numel() * p.element_size() for p in batch.parameters.values()) * (rows + samples)
         if several and whole is not None:

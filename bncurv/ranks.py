@@ -19,6 +19,35 @@ from torch import Tensor, nn
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
+class Shard(NamedTuple):
+    """The samples of one rank among those of the ranks that it shares batch statistics with.
+
+    Attributes:
+        first: index of the first one.
+        own: how many there are here.
+        total: how many those ranks have together; of several such groups, the one with most.
+        largest: how many the rank with most has. All decide by this and by the total, and so do alike.
+        everywhere: how many all ranks have.
+    """
+
+    first: int
+    own: int
+    total: int
+    largest: int
+    everywhere: int
+
+    def here(self, n: slice) -> tuple[slice, slice]:
+        """Of samples ``n``: which of this rank's they are, and where these are in ``n``."""
+        start, stop = (min(max(k - self.first, 0), self.own) for k in (n.start, n.stop))
+        shift = self.first - n.start
+        return slice(start, stop), slice(start + shift, stop + shift)
+
+
+def whole(samples: int) -> Shard:
+    """All samples on one process."""
+    return Shard(0, samples, samples, samples, samples)
+
+
 class Indices:
     """Where this rank's samples are among all samples of several mini-batches.
 
@@ -29,14 +58,15 @@ class Indices:
     def __init__(self, everybody: Ranks) -> None:
         self._everybody, self._before, self._found = everybody, 0, list[Tensor]()
 
-    def of(self, samples: int, sharing: Ranks) -> tuple[list[int], int]:
-        """For another mini-batch: samples of the ranks that share statistics, and those of all other ranks."""
+    def of(self, samples: int, sharing: Ranks) -> Shard:
+        """Of another mini-batch, with the ranks that share its statistics."""
         counts = [int(n) for n in self._everybody.numbers(samples)]
         first = self._before + sum(counts[: self._everybody.rank])
         self._found.append(torch.arange(first, first + samples))
         self._before += sum(counts)
-        together = counts if sharing is self._everybody else [int(n) for n in sharing.numbers(samples)]
-        return together, sum(counts) - samples
+        together = [int(n) for n in sharing.numbers(samples)]
+        most = int(max(self._everybody.numbers(sum(together))))
+        return Shard(sum(together[: sharing.rank]), samples, most, max(counts), sum(counts))
 
     def found(self) -> Tensor:
         """Indices of all samples of this rank."""

@@ -47,7 +47,8 @@ class TruncatedDirections:
         U = passes.ranks.gather(U, "basis of the statistics")[0]  # one rank's signs and bases for all
         squares, U = squares.flip(0).clamp(min=0), U.flip(1)
         tail = squares.flip(0).cumsum(0).flip(0)  # Σ_{q >= r}
-        self.kept = int((tail > tol**2 * tail[0]).sum())
+        kept = int((tail > tol**2 * tail[0]).sum())
+        self.kept = int(max(passes.ranks.everybody.numbers(kept)))  # all go through the same passes
         self._basis = U[:, : self.kept].to(a.dtype)
         self._P = self._pull(self._basis.T)
         signs = pattern((PROBES, len(squares) - self.kept), U).sign()

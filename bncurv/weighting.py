@@ -70,7 +70,7 @@ class Influence(Procedure):
             yield Rows("", self._projected(engine), slice(None), slice(0, 1))
             return
         rows = self._through_the_cut(engine) if self._cut(engine) else {}
-        if rows and self._right(engine, rows):
+        if rows and engine.ranks.everybody.all(self._right(engine, rows)):
             for name, values in rows.items():
                 yield Rows(name, values, slice(None), slice(0, 1))
         else:
@@ -125,18 +125,16 @@ class Influence(Procedure):
 
     def _one_by_one(self, engine: Engine) -> Iterator[Rows]:
         h, parameters = self._weighted(engine), list(engine.wanted.values())
-        first = engine.shard.first
         for n in chunks(engine.shard.total, engine.costs.dense_chunk()):  # samples of all ranks
-            index = torch.arange(n.start, n.stop, device=h.device)[:, None] - first
-            one_hot = (index == torch.arange(len(h), device=h.device)).to(h.dtype)
+            own, place = engine.shard.here(n)
+            one_hot = h.new_zeros(n.stop - n.start, len(h))
+            one_hot[place, own] = torch.eye(own.stop - own.start, dtype=h.dtype, device=h.device)
             got = engine.back.vjp(h, parameters, one_hot, beyond="influence")
             zeros = engine.products.zeros
             rows = {k: zeros(k, len(one_hot)) if t is None else t for k, t in zip(engine.wanted, got, strict=True)}
-            here = ((index[:, 0] >= 0) & (index[:, 0] < len(h))).nonzero()[:, 0]
             for name, values in engine.ranks.sums(rows, "influence gradients").items():
-                if len(here):
-                    mine = slice(int(index[here[0]]), int(index[here[-1]]) + 1)
-                    yield Rows(name, values[here][:, None], mine, slice(0, 1))
+                if own.start < own.stop:
+                    yield Rows(name, values[place, None], own, slice(0, 1))
 
     def _projected(self, engine: Engine) -> Tensor:
         """g_n · v: Σ_n ε_n g_n is a gradient linear in ε, whose product with v is differentiated by ε."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from backpack import backpack
+from state import unchanged
 from torch import Tensor, nn
 
 from bncurv import (
@@ -26,6 +28,7 @@ from bncurv import (
     curvature,
     extend,
 )
+from bncurv.costs import Costs
 
 CE = nn.CrossEntropyLoss()
 SHARDS = {2: {"even": (8, 8), "uneven": (9, 3)}, 4: {"uneven": (3, 5, 1, 6)}}
@@ -125,11 +128,46 @@ def ghost(shards: tuple[int, ...], method: str) -> dict[str, Any]:
     return told(curvature(nn.parallel.DistributedDataParallel(mlp()), CE, mine(shards), *quantities(), method=method))
 
 
-def pairs(shards: tuple[int, ...]) -> dict[str, Any]:
+def paired() -> nn.Module:
     """Statistics of two ranks each, the loss of all."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    model = synced(mlp(), groups[dist.get_rank() // 2])
-    return told(curvature(model, CE, mine(shards), *quantities(), method="coupled"))
+    return synced(mlp(), groups[dist.get_rank() // 2])
+
+
+def pairs(shards: tuple[int, ...], method: str) -> dict[str, Any]:
+    return told(curvature(paired(), CE, mine(shards), *quantities(), method=method))
+
+
+def of_two_minds(shards: tuple[int, ...]) -> dict[str, Any]:
+    """Plain BatchNorm; on rank 1 alone the dense way looks cheaper."""
+    own, cheap = Costs.dense, dist.get_rank() == 1
+    Costs.dense = lambda self: 0.0 if cheap else float("inf")  # type: ignore[method-assign]
+    try:
+        return ghost(shards, "auto")
+    finally:
+        Costs.dense = own  # type: ignore[method-assign]
+
+
+class Mixing(nn.Module):
+    """Samples meet; on the other ranks nothing happens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 * x.mean(0) if dist.get_rank() == 1 else x
+
+
+def mixed_on_one(shards: tuple[int, ...], shared: bool) -> dict[str, Any]:
+    """Rank 1 has an unknown coupling: all take the dense way."""
+    model = mlp()
+    model.insert(3, Mixing())
+    ddp = synced(model) if shared else nn.parallel.DistributedDataParallel(model)
+    own = Costs.dense
+    Costs.dense = lambda self: float("inf")  # type: ignore[method-assign]  # so that it is looked for
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return told(curvature(ddp, CE, mine(shards), *quantities()))
+    finally:
+        Costs.dense = own  # type: ignore[method-assign]
 
 
 def monte_carlo(shards: tuple[int, ...], seed: int | None) -> dict[str, Any]:
@@ -140,8 +178,9 @@ def monte_carlo(shards: tuple[int, ...], seed: int | None) -> dict[str, Any]:
     return told(curvature(synced(mlp()), CE, mine(shards), quantity))
 
 
-def truncated(shards: tuple[int, ...], tol: float) -> dict[str, Any]:
-    res = curvature(synced(mlp()), CE, mine(shards), DiagGGNExact(), tol=tol, method="coupled")
+def truncated(shards: tuple[int, ...], tol: float, in_pairs: bool = False) -> dict[str, Any]:
+    model = paired() if in_pairs else synced(mlp())
+    res = curvature(model, CE, mine(shards), DiagGGNExact(), tol=tol, method="coupled")
     return told(res) | {"error": {name.removeprefix("module."): e for name, e in res.error.items()}}
 
 
@@ -228,11 +267,12 @@ def failure(kind: str) -> dict[str, Any]:
     if kind == "none" and bad:
         asked = []
     start = time.monotonic()
-    try:
-        curvature(net, CE, data, *asked, method="coupled" if kind != "dense" else "dense")
-        said = "nothing"
-    except BaseException as e:
-        said = f"{type(e).__name__}: {e}"
+    with unchanged(net):
+        try:
+            curvature(net, CE, data, *asked, method="coupled")
+            said = "nothing"
+        except BaseException as e:
+            said = f"{type(e).__name__}: {e}"
     took = time.monotonic() - start
     again = told(curvature(synced(mlp()), CE, mine((8, 8)), DiagGGNExact()))
     return {"said": said, "took": took, "again": again}

@@ -47,6 +47,9 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "loader": (jobs.loader, (UNEVEN,), {}),
     "ghost coupled": (jobs.ghost, (UNEVEN, "coupled"), {}),
     "ghost dense": (jobs.ghost, (UNEVEN, "dense"), {}),
+    "ghost of two minds": (jobs.of_two_minds, (UNEVEN,), {}),
+    "mixed on one, shared": (jobs.mixed_on_one, (UNEVEN, True), {}),
+    "mixed on one, own": (jobs.mixed_on_one, (UNEVEN, False), {}),
     "monte carlo": (jobs.monte_carlo, (UNEVEN, None), {}),
     "monte carlo, generator": (jobs.monte_carlo, (UNEVEN, 5), {}),
     "truncated 0.3": (jobs.truncated, (UNEVEN, 0.3), {}),
@@ -65,7 +68,8 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
 OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
     "coupled": (jobs.exact, ("cnn", FOUR, "coupled"), {}),
     "dense": (jobs.exact, ("mlp", FOUR, "dense"), {}),
-    "pairs": (jobs.pairs, (FOUR,), {}),
+    **{f"pairs {method}": (jobs.pairs, (FOUR, method), {}) for method in (*WAYS, "auto")},
+    "pairs truncated": (jobs.truncated, (FOUR, 0.3, True), {}),
 }
 
 
@@ -151,9 +155,33 @@ def test_four_ranks(method, four):
     assert_same(four[method], alone("cnn" if method == "coupled" else "mlp", FOUR, method=method), FOUR)
 
 
-def test_statistics_of_pairs_of_ranks(four):
-    """The loss is everybody's, statistics are those of two ranks each."""
-    assert_same(four["pairs"], alone("mlp", FOUR, groups=(8, 7)), FOUR)
+@pytest.mark.parametrize("way", [*WAYS, "auto"])
+def test_statistics_of_pairs_of_ranks(way, four):
+    """The loss is everybody's, statistics are those of two ranks each; all go through equally many passes."""
+    assert_same(four[f"pairs {way}"], alone("mlp", FOUR, groups=(8, 7)), FOUR)
+    assert len({part["passes"] for part in four[f"pairs {way}"]}) == 1
+
+
+def test_truncation_in_pairs_of_ranks(four):
+    """Each pair has statistics of its own, and all keep as many directions; off by no more than is said."""
+    found, want = four["pairs truncated"], alone("mlp", FOUR, DiagGGNExact(), groups=(8, 7)).diag_ggn_exact
+    assert len({part["passes"] for part in found}) == 1
+    dropped = [sum(e**2 for e in part["error"].values()) ** 0.5 for part in found]
+    bound = sum(2 * sum(float(t.sum()) for t in want.values()) ** 0.5 * e + e**2 for e in dropped)
+    off = {n: part - want[f"model.{n}"] for n, part in found[0]["diag_ggn_exact"].items()}
+    assert 1e-6 < sum(float(t.abs().sum()) for t in off.values()) <= bound
+    for part in found:
+        assert all(torch.equal(t, found[0]["diag_ggn_exact"][n]) for n, t in part["diag_ggn_exact"].items())
+
+
+def test_all_ranks_take_the_same_way(two):
+    """Where one would rather take another, and where one finds its samples mixed."""
+    assert_same(two["ghost of two minds"], alone("mlp", UNEVEN, groups=UNEVEN), UNEVEN)
+    assert [part["method"] for part in two["ghost of two minds"]] == ["coupled", "coupled"]
+    for kind in ("shared", "own"):
+        one, other = two[f"mixed on one, {kind}"]
+        assert one["method"] == other["method"] == "dense"
+        assert all(torch.equal(t, other["diag_ggn_exact"][name]) for name, t in one["diag_ggn_exact"].items())
 
 
 @pytest.mark.parametrize("method", WAYS)
