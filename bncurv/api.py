@@ -34,7 +34,7 @@ from bncurv.marks import plain_tensor
 from bncurv.nested import moved, tensors
 from bncurv.placement import check_placement, device_of, values_needed
 from bncurv.quantities import Quantity
-from bncurv.ranks import Indices, Messages, Ranks, ranks_of
+from bncurv.ranks import Indices, Messages, ranks_of
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
 from bncurv.shares import Weights
@@ -142,7 +142,7 @@ def curvature(
         progress: show a progress bar, in backward passes.
         process_group: over whose ranks the batch is spread. Default: that of a ``DistributedDataParallel`` model; else
             that of its train-mode ``SyncBatchNorm`` layers; else this process alone. Every rank calls, with its own
-            samples: see "Several processes" in the README.
+            samples: see docs/several_processes.md.
         precision: ``"float32"`` or ``"float64"``: the curvature of the model as it would be in that precision
             (``copy.deepcopy(model).float()`` or ``.double()``, run on data of that dtype), also of one in half
             precision or with autocast regions, which are refused without it. For the call, copies in that dtype stand
@@ -164,73 +164,53 @@ def curvature(
         torch.Size([3, 4])
     """
     ranks = ranks_of(model, process_group)
-    with ranks.everybody.together():
-        return _curvature(
-            model, loss_fn, data, quantities, params, forward, method, tol, chunk_size, precision, progress, ranks
-        )
-
-
-def _curvature(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Tensor], Tensor],
-    data: Any,
-    quantities: tuple[Quantity, ...],
-    params: Choice | Iterable[Choice] | None,
-    forward: Forward | None,
-    method: str,
-    tol: float,
-    chunk_size: int | None,
-    precision: str | torch.dtype | None,
-    progress: bool,
-    ranks: Ranks,
-) -> Results:
-    """`curvature` on the ranks of a batch."""
-    check_quantities(quantities)
-    check_options(method, tol, chunk_size)
-    dtype = dtype_of(precision)
-    check_loss(loss_fn)
-    selected = select_parameters(model, params)
-    check_modules(model)
-    check_placement(model, selected)
     everybody = ranks.everybody
+    with everybody.together():
+        check_quantities(quantities)
+        check_options(method, tol, chunk_size)
+        dtype = dtype_of(precision)
+        check_loss(loss_fn)
+        selected = select_parameters(model, params)
+        check_modules(model)
+        check_placement(model, selected)
 
-    def run(undo: Undo) -> Results:
-        merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
-        passes, way, largest, indices = 0, "", 0, Indices(everybody)
-        bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
-        undo.note(bar.close)
-        leave_as_is(undo, model, *([loss_fn] if isinstance(loss_fn, nn.Module) else []))
-        twins = Twins(undo, dtype, model, loss_fn)
-        wanted, own = twins.of(selected), list(model.parameters())
-        recorder = Recorder(model, private=True, ranks=ranks)
-        undo.note(recorder.stop)
-        with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
-            generator = generator_of_call(quantities, next(iter(wanted.values())).device, everybody.rank)
-        for X, y in everybody.in_step(batches(data, forward)):
-            with torch.enable_grad(), twins.meeting(), values_needed(model), recorder:
-                X, y = twins.data((X, y))
-                output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
-                twins.check(output)
-                check_own(output, wanted, [*own, *tensors(X)])
-            y, all_of_them = moved(y, output.device), wanted | twins.others
-            scale = 1 / everybody.size  # as DistributedDataParallel trains: the mean of the ranks' losses
-            loss = LossAtBatch(of_output, output, y, scale, hooked=True, empty_ok=True, parameters=all_of_them)
-            traced = trace(output, wanted.values())
-            reads, kinds = partial(readable, model, X), partial(kinds_of, model)
-            batch = Batch(
-                output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=ranks,
-                spread=indices.of(len(output), ranks), kinds=kinds,
-            )  # fmt: skip
-            parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
-            merged.add(parts, everybody.weight(weights.of(loss)), engine.error)
-            passes, way, largest = passes + engine.passes, engine.way, max(largest, len(output))
-            del output, loss, traced, batch, parts, engine
-        fields = merged.fields()
-        return Results(fields, way, passes, merged.batches, merged.error, indices.found(), dict(everybody.messages))
+        def run(undo: Undo) -> Results:
+            merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
+            passes, way, largest, indices = 0, "", 0, Indices(everybody)
+            bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
+            undo.note(bar.close)
+            leave_as_is(undo, model, *([loss_fn] if isinstance(loss_fn, nn.Module) else []))
+            twins = Twins(undo, dtype, model, loss_fn)
+            wanted, own = twins.of(selected), list(model.parameters())
+            recorder = Recorder(model, private=True, ranks=ranks)
+            undo.note(recorder.stop)
+            with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
+                generator = generator_of_call(quantities, next(iter(wanted.values())).device, everybody.rank)
+            for X, y in everybody.in_step(batches(data, forward)):
+                with torch.enable_grad(), twins.meeting(), values_needed(model), recorder:
+                    X, y = twins.data((X, y))
+                    output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
+                    twins.check(output)
+                    check_own(output, wanted, [*own, *tensors(X)])
+                y, all_of_them = moved(y, output.device), wanted | twins.others
+                scale = 1 / everybody.size  # as DistributedDataParallel trains: the mean of the ranks' losses
+                loss = LossAtBatch(of_output, output, y, scale, hooked=True, empty_ok=True, parameters=all_of_them)
+                traced = trace(output, wanted.values())
+                reads, kinds = partial(readable, model, X), partial(kinds_of, model)
+                batch = Batch(
+                    output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=ranks,
+                    spread=indices.of(len(output), ranks), kinds=kinds,
+                )  # fmt: skip
+                parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
+                merged.add(parts, everybody.weight(weights.of(loss)), engine.error)
+                passes, way, largest = passes + engine.passes, engine.way, max(largest, len(output))
+                del output, loss, traced, batch, parts, engine
+            fields = merged.fields()
+            return Results(fields, way, passes, merged.batches, merged.error, indices.found(), dict(everybody.messages))
 
-    results = without_trace(run)
-    generator_of_call(quantities, torch.device("cpu"))  # moves the global random state on
-    return results
+        results = without_trace(run)
+        generator_of_call(quantities, torch.device("cpu"))  # moves the global random state on
+        return results
 
 
 def _forward(

@@ -8,7 +8,7 @@ Nothing global is kept: the marks live and die with the graph; ``graph.py`` coll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from bncurv.batchnorm import batch_norm
 from bncurv.bodies import ALWAYS, WITH_PARAMETERS
-from bncurv.constants import CONSTANT, DATA, OWN
+from bncurv.constants import CONSTANT, DATA, OWN, tensors_of
 from bncurv.gate import Coupling
 from bncurv.layers import EXPANDED, LAYERS
 from bncurv.layers.affine import BatchNormTrain
@@ -43,20 +43,12 @@ from bncurv.marks import (
 )
 from bncurv.meeting import ELEMENTWISE, EXPANDING, computed, copied, name_of, spread
 from bncurv.modes import free, plain_wanted, recomputes
+from bncurv.ranks import ALONE, Ranks
 from bncurv.sync import arguments_of, sync_batch_norm
 from bncurv.watch import Watch
 
 HALF = (torch.float16, torch.bfloat16)
 _TRAIN = BatchNormTrain()
-
-
-def tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
-    """Arguments that are tensors, and those in lists of arguments."""
-    for a in args:
-        if isinstance(a, Tensor):
-            yield a
-        elif isinstance(a, list | tuple):
-            yield from tensors_in(a)
 
 
 def _binds(body: Callable, *args: Any, **kwargs: Any) -> bool:
@@ -68,7 +60,38 @@ def _binds(body: Callable, *args: Any, **kwargs: Any) -> bool:
 
 
 class Recorder(Watch):
-    """Watch the forward pass of ``model`` inside a ``with`` block, and mark what it leaves on the graph."""
+    """Watch the forward pass of ``model`` inside a ``with`` block, and mark what it leaves on the graph.
+
+    Args:
+        model: the model that runs in the block.
+        private: see `Watch`.
+        ranks: those that share the statistics of `torch.nn.SyncBatchNorm`.
+    """
+
+    def __init__(self, model: nn.Module, private: bool = False, ranks: Ranks = ALONE) -> None:
+        super().__init__(model, private)
+        layers = model.modules() if ranks is not ALONE else ()
+        self._ranks, self._synced = ranks, [m for m in layers if isinstance(m, nn.SyncBatchNorm)]
+
+    def __enter__(self) -> Watch:
+        for m in self._synced:
+            vars(m)["forward"] = partial(self._sync_batch_norm, m)  # its own is no torch function, and wants a GPU
+        return super().__enter__()
+
+    def stop(self) -> None:
+        """Take back all but the function mode itself; may be called again, also if nothing had begun."""
+        for m in self._synced:
+            if getattr(getattr(vars(m).get("forward"), "func", None), "__self__", None) is self:
+                del vars(m)["forward"]
+        super().stop()
+
+    def _sync_batch_norm(self, m: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        """In place of the forward of `torch.nn.SyncBatchNorm`."""
+        arguments, on_batch = arguments_of(m, x)
+        if not on_batch:
+            return nnf.batch_norm(**arguments)
+        with torch._C.DisableTorchFunction():
+            return self._batch_norm(arguments, partial(sync_batch_norm, ranks=self._ranks))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -85,7 +108,7 @@ class Recorder(Watch):
                 metadata(first.grad_fn).setdefault(LOWERED, []).append(self._stack[-1])
             if recomputes():
                 metadata(first.grad_fn)[RECOMPUTED] = True
-            if any(not t.requires_grad and self._source(t) == DATA for t in tensors_in((*args, *kwargs.values()))):
+            if any(not t.requires_grad and self._source(t) == DATA for t in tensors_of((*args, *kwargs.values()))):
                 metadata(first.grad_fn)[TOUCHED] = True
         elif not first.requires_grad:
             self._constants.note(name_of(func), args, kwargs, output)
@@ -141,7 +164,7 @@ class Recorder(Watch):
         always, some = ALWAYS.get(func), WITH_PARAMETERS.get(func)
         if always is not None:
             return always if free() and _binds(always, *args, **kwargs) else None
-        tensors = list(tensors_in((*args, *kwargs.values()))) if some else []
+        tensors = list(tensors_of((*args, *kwargs.values()))) if some else []
         if some is None or not any(self._source(t, data=True) for t in tensors if t.requires_grad) or not free():
             return None
         axes = max(t.dim() for t in tensors) if len(tensors) > 1 else 0
@@ -173,14 +196,6 @@ class Recorder(Watch):
 
     def _mark_copies(self, rows: Tensor, p: Tensor, constant: bool = False) -> None:
         self._mark(rows, EXPANDED, {"weight": p, "shape": rows.shape}, constant=constant)
-
-    def _sync_batch_norm(self, m: nn.SyncBatchNorm, x: Tensor) -> Tensor:
-        """In place of the forward of `torch.nn.SyncBatchNorm`."""
-        arguments, on_batch = arguments_of(m, x)
-        if not on_batch:
-            return nnf.batch_norm(**arguments)
-        with torch._C.DisableTorchFunction():
-            return self._batch_norm(arguments, partial(sync_batch_norm, ranks=self._ranks))
 
     def _batch_norm(self, arguments: dict[str, Any], layer: Callable = batch_norm) -> Tensor:
         kind, arguments = type(arguments["input"]), {role: plain_tensor(t) for role, t in arguments.items()}

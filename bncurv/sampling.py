@@ -36,14 +36,13 @@ def generator_of_call(quantities: Iterable[Quantity], device: torch.device, rank
     """
     if not any(q.draws for q in quantities):
         return None
-    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    return _seeded(None, device, rank)
+
+
+def _seeded(by: torch.Generator | None, device: torch.device, rank: int) -> torch.Generator:
+    """Random numbers of one rank, seeded by a draw of a generator (``None``: the global one) alike on all of them."""
+    seed = int(torch.randint(2**63 - 1, (), generator=by, device=by.device if by else "cpu"))
     return torch.Generator(device).manual_seed((seed + rank * STRIDE) % 2**63)
-
-
-def apart(generator: torch.Generator, rank: int) -> torch.Generator:
-    """Random numbers of one rank, seeded by a draw of a generator that may be the same on all of them."""
-    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    return torch.Generator(generator.device).manual_seed((seed + rank * STRIDE) % 2**63)
 
 
 class _Sampled(Quantity):
@@ -72,7 +71,7 @@ class _Sampled(Quantity):
         """M random columns per sample."""
         generator, everybody = self.generator or batch.generator, batch.ranks.everybody
         if self.generator and everybody.size > 1:  # the same seed on all ranks must not give the same draws
-            generator = apart(self.generator, everybody.rank)
+            generator = _seeded(self.generator, self.generator.device, everybody.rank)
         return batch.loss.sample(self.mc_samples, self.kind, generator)
 
 

@@ -45,14 +45,12 @@ class _SyncBatchNorm(torch.autograd.Function):
         normalised = (x - per_channel(x, mean)) * per_channel(x, invstd)
         first, second = g.sum(axes), (g * normalised).sum(axes)
         handle = torch.stack([first, second]) * factors(scale, invstd) if closed and ctx.needs_input_grad[3] else None
-        dx = per_channel(x, scale) * g
+        felt = g
         if not closed:
             everywhere = Sum.apply(torch.stack([first, second]), ctx.ranks) / ctx.count
-            dx = per_channel(x, scale) * (
-                g - per_channel(x, everywhere[0]) - normalised * per_channel(x, everywhere[1])
-            )
+            felt = g - per_channel(x, everywhere[0]) - normalised * per_channel(x, everywhere[1])
         affine = (t if needed else None for t, needed in zip((second, first), ctx.needs_input_grad[1:3], strict=True))
-        return dx, *affine, handle, *(None,) * 6
+        return per_channel(x, scale) * felt, *affine, handle, *(None,) * 6
 
 
 class _SyncCoupling(BatchNormCoupling):

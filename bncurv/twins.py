@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bncurv.autocast import keep_off
 from bncurv.graph import leaves
+from bncurv.loss_calls import cast
 from bncurv.loss_calls import twin as twin_of_loss
 from bncurv.nested import mapped
 from bncurv.slow import listed
@@ -78,10 +79,7 @@ class Twins:
 
     def data(self, value: Any) -> Any:
         """Floating-point tensors of the data, also in containers, in the dtype."""
-        return value if self._dtype is None else mapped(self._cast, value)
-
-    def _cast(self, t: Tensor) -> Tensor:
-        return t.to(self._dtype) if t.is_floating_point() else t
+        return cast(value, self._dtype)
 
     @property
     def others(self) -> dict[str, Tensor]:

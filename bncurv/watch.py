@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from bncurv.constants import Constants
 from bncurv.eager import release, run_eagerly
 from bncurv.gate import COUPLED, Gates, recoupled
 from bncurv.marks import MARK, MODULE, RETAINED, Mark, edges_below, metadata
-from bncurv.ranks import ALONE, Ranks
 
 
 class Watch(TorchFunctionMode):
@@ -27,12 +25,11 @@ class Watch(TorchFunctionMode):
     Args:
         model: the model that runs in the block; gives modules their names.
         private: nobody but us pulls through the graph, so ``retain_grad()`` in its code means nothing.
-        ranks: those that share the statistics of `torch.nn.SyncBatchNorm`.
     """
 
-    def __init__(self, model: nn.Module, private: bool = False, ranks: Ranks = ALONE) -> None:
+    def __init__(self, model: nn.Module, private: bool = False) -> None:
         super().__init__()
-        self._private, self._model, self._ranks = private, model, ranks
+        self._private, self._model = private, model
         self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
         self._learnt = {id(p) for p in model.parameters()}
         self._fixed = {id(b) for b in model.buffers()}
@@ -43,8 +40,6 @@ class Watch(TorchFunctionMode):
         register_module_forward_pre_hook(self._enter_module)
         register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
         run_eagerly(self)
-        for m in self._synchronised():
-            vars(m)["forward"] = partial(self._sync_batch_norm, m)  # its own is no torch function, and wants a GPU
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
@@ -55,19 +50,12 @@ class Watch(TorchFunctionMode):
     def stop(self) -> None:
         """Take back all but the function mode itself; may be called again, also if nothing had begun."""
         release(self)
-        for m in self._synchronised():
-            if getattr(getattr(vars(m).get("forward"), "func", None), "__self__", None) is self:
-                del vars(m)["forward"]
         for table in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
             for key, hook in list(table.items()):
                 if getattr(hook, "__self__", None) is self:
                     torch_module._global_forward_hooks_with_kwargs.pop(key, None)
                     torch_module._global_forward_hooks_always_called.pop(key, None)
                     table.pop(key, None)
-
-    def _synchronised(self) -> list[nn.SyncBatchNorm]:
-        """The layers whose statistics are those of several ranks."""
-        return [m for m in self._model.modules() if isinstance(m, nn.SyncBatchNorm) and self._ranks is not ALONE]
 
     @staticmethod
     def watches() -> bool:
@@ -111,7 +99,3 @@ class Watch(TorchFunctionMode):
         x.retain_grad()
         if x.grad_fn is not None:
             metadata(x.grad_fn).setdefault(RETAINED, []).append(weakref.ref(x))
-
-    def _sync_batch_norm(self, m: nn.SyncBatchNorm, x: Tensor) -> Tensor:
-        """In place of the forward of `torch.nn.SyncBatchNorm`."""
-        raise NotImplementedError

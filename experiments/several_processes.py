@@ -147,12 +147,12 @@ def compare(samples: int, epochs: int, args: argparse.Namespace) -> int:
         return 0
     plain = plain_batchnorm(trained)
     want, alone = measured(plain, X, y, *asked)
-    components = {f"module.{n}": t for n, t in want.l2_component.items()}
-    here = {n: res.l2_component[n] / components[n][mine].norm() - components[n][mine] / components[n][mine].norm()
-            for n in components}  # fmt: skip
+    norms = {n: res.l2_component[f"module.{n}"] - t[mine] for n, t in want.l2_component.items()}
     found = {
         "GGN diagonal": apart(res.diag_ggn_exact, want.diag_ggn_exact),
-        "norms of rank 0's component gradients": max(float(t.norm()) for t in here.values()),
+        "norms of rank 0's component gradients": max(
+            float(t.norm() / want.l2_component[n][mine].norm()) for n, t in norms.items()
+        ),
         "five largest eigenvalues": float((res.ggn.eigenvalues / want.ggn.eigenvalues - 1).abs().max()),
     }
     print(f"{size} processes, {samples} samples, accuracy {accuracy(plain, digits.test_x.double(), digits.test_y):.1%}")

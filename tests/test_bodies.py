@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from cases import Net
-from test_every_parameter import N, assert_exact, parameter, problem, rows
+from test_every_parameter import N, assert_exact, coupled, parameter, problem, rows
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -127,9 +126,7 @@ BODIES |= {
 def test_fast_and_exact(name):
     """Coupled passes for all parameters; diagonal and components as the oracle's."""
     model, X, y = problem(name, BODIES)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", SlowPathWarning)
-        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+    res = coupled(model, X, y)
     R = sum(2 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d))
     assert res.passes <= 3 + R < N
     assert_exact(model, X, y, res)
@@ -223,9 +220,7 @@ def test_products_of_buffers_with_parameters_are_weights():
     model, X, y = problem("", {"": rows(constant, w=lambda: parameter(4, 4), basis=lambda: nn.Identity())})
     del model.basis
     model.register_buffer("basis", torch.randn(4, 4, dtype=torch.float64))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", SlowPathWarning)
-        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+    res = coupled(model, X, y)
     assert_exact(model, X, y, res)
 
 

@@ -199,13 +199,18 @@ def problem(name: str, build: dict[str, Callable[[], nn.Module]]) -> tuple[nn.Mo
         return model, torch.randn(N, 32), torch.randint(3, (N,))
 
 
+def coupled(model: nn.Module, X: Tensor, y: Tensor) -> Results:
+    """Diagonal and components by the coupled way, without a slow path."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        return curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_fast_and_exact(name):
     """Coupled passes for all parameters; diagonal and components as the oracle's."""
     model, X, y = problem(name, FAST)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", SlowPathWarning)
-        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+    res = coupled(model, X, y)
     R = sum(2 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d))
     assert res.passes <= 2 + 1 + R + 8 < N * 2
     assert_exact(model, X, y, res)
@@ -402,9 +407,7 @@ def test_rows_in_another_order(name, samples):
         pytest.skip("BatchNorm over single values")
     model, X, y = problem(name, ORDERED)
     X, y = X[:samples], y[:samples]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", SlowPathWarning)
-        res = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), ComponentGrad(), method="coupled")
+    res = coupled(model, X, y)
     assert res.passes <= MIXED_ROWS.get(name, (0, 3 + 2 * 5))[1]
     assert_exact(model, X, y, res)
 

@@ -18,7 +18,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 import bncurv
 from lib import figures
+from lib.defaults import defaults
 from lib.statements import CATALOGUE, Row, statements_of
 
 T = TypeVar("T")
@@ -119,20 +119,6 @@ def parse(name: str, description: str, arguments: list[str] | None) -> Run:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for NAME.json and plots")
     args = parser.parse_args(arguments)
     return Run(name, args.quick, args.seed, args.device, args.out)
-
-
-@contextmanager
-def defaults(seed: int) -> Any:
-    """Float64, one thread, a seeded generator; dtype and threads as before afterwards."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
 
 
 def complain(name: str, rows: list[Row]) -> None:

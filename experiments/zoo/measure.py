@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lib.defaults import defaults
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -97,26 +97,13 @@ class Called(nn.Module):
 def measure(one: Architecture, seed: int = 0) -> Measured:
     """Build it, compare it; whatever goes wrong is said in the result."""
     start, row = time.perf_counter(), Measured(one.name, one.library)
-    with random_weights(seed):
+    with torch.random.fork_rng(devices=[]), defaults(seed):
         try:
             compare(row, one)
         except Exception as error:  # the others go on
             row.problem = f"{type(error).__name__}: {error}"
     row.seconds = round(time.perf_counter() - start, 1)
     return row
-
-
-@contextmanager
-def random_weights(seed: int) -> Iterator[None]:
-    """Float64 by default and a seeded generator, both as before afterwards."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def compare(row: Measured, one: Architecture) -> None:
