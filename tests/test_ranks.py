@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -326,25 +327,32 @@ def test_messages_do_not_depend_on_the_number_of_samples(two):
     assert few["P"].bytes == 8 * (2 * 4) * (6 * 5 + 5 + 5)  # statistics above, entries below but a vanishing bias
 
 
+SCRIPTS = Path(__file__).parent.parent / "experiments"
+
+
 def test_experiment(tmp_path):
     """As its head says to start it."""
-    script = Path(__file__).parent.parent / "experiments" / "several_processes.py"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*start, "--quick", "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, str(SCRIPTS / "several_processes.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "passes: 138 on every rank, 138 on one process" in done.stdout
     assert (tmp_path / "several_processes.png").exists()
-    alone = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-    assert alone.returncode == 2 and "start it with torchrun --standalone" in alone.stderr
 
 
-def test_messages_counted_on_paper(two):
+def test_experiment_without_torchrun(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr(sys, "argv", ["several_processes.py"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(SCRIPTS / "several_processes.py"), run_name="__main__")
+    assert left.value.code == 2 and "start it with torchrun --standalone" in capsys.readouterr().err
+
+
+def test_messages_counted_on_paper(two, monkeypatch):
     """Those of a sequential network without biases, as `experiments/growth.py` counts them."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-    try:
-        from growth import count, messages
-    finally:
-        sys.path.pop(0)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from growth import count, messages
+
     counted = messages(count(jobs.plain_cnn(), jobs.batch(1)[0]))
     sent = two["messages"][0]["messages"]
     assert {purpose: 8 * n for purpose, n in counted.items()} == {purpose: sent[purpose].bytes for purpose in counted}
