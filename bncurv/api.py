@@ -24,6 +24,7 @@ from bncurv.checks import (
     dtype_of,
 )
 from bncurv.chosen import Choice, select_parameters
+from bncurv.division import Division
 from bncurv.graph import trace
 from bncurv.heads import as_one
 from bncurv.inputs import Forward, batches, output_and_target
@@ -34,11 +35,12 @@ from bncurv.marks import plain_tensor
 from bncurv.nested import moved, tensors
 from bncurv.placement import check_placement, device_of, values_needed
 from bncurv.quantities import Quantity
-from bncurv.ranks import Indices, Messages, ranks_of
+from bncurv.ranks import Messages, ranks_of
 from bncurv.record import Recorder
 from bncurv.sampling import generator_of_call
 from bncurv.shares import Weights
 from bncurv.slow import kinds_of
+from bncurv.spread import Indices
 from bncurv.twins import Twins
 from bncurv.undo import Undo, without_trace
 from bncurv.untouched import leave_as_is
@@ -53,7 +55,7 @@ class Results:
     Attributes:
         fields: field name → {parameter name → tensor}.
         method: the way taken, ``"coupled"`` or ``"dense"`` (of the last mini-batch).
-        passes: backward passes of a whole batch that it took, over all mini-batches.
+        passes: backward passes of a whole batch that it took, over all mini-batches; over several ranks this one's.
         batches: number of mini-batches.
         error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all
             columns of all mini-batches at their weights; empty where nothing was. A diagonal of the GGN with trace t is
@@ -142,7 +144,8 @@ def curvature(
         progress: show a progress bar, in backward passes.
         process_group: over whose ranks the batch is spread. Default: that of a ``DistributedDataParallel`` model; else
             that of its train-mode ``SyncBatchNorm`` layers; else this process alone. Every rank calls, with its own
-            samples: see docs/several_processes.md.
+            samples; or with a model that is neither of these and the same batches as all others: then the work is
+            divided. See docs/several_processes.md.
         precision: ``"float32"`` or ``"float64"``: the curvature of the model as it would be in that precision
             (``copy.deepcopy(model).float()`` or ``.double()``, run on data of that dtype), also of one in half
             precision or with autocast regions, which are refused without it. For the call, copies in that dtype stand
@@ -184,22 +187,26 @@ def curvature(
             wanted, own = twins.of(selected), list(model.parameters())
             recorder = Recorder(model, private=True, ranks=ranks)
             undo.note(recorder.stop)
+            division = Division(ranks, model, loss_fn)
             with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
                 generator = generator_of_call(quantities, next(iter(wanted.values())).device, everybody.rank)
             for X, y in everybody.in_step(batches(data, forward)):
+                shared = division.of((X, y))
                 with torch.enable_grad(), twins.meeting(), values_needed(model), recorder:
                     X, y = twins.data((X, y))
                     output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
                     twins.check(output)
                     check_own(output, wanted, [*own, *tensors(X)])
+                division.check(output)
                 y, all_of_them = moved(y, output.device), wanted | twins.others
-                scale = 1 / everybody.size  # as DistributedDataParallel trains: the mean of the ranks' losses
+                scale = 1 / shared.parts.size  # as DistributedDataParallel trains: the mean of the ranks' losses
                 loss = LossAtBatch(of_output, output, y, scale, hooked=True, empty_ok=True, parameters=all_of_them)
                 traced = trace(output, wanted.values())
                 reads, kinds = partial(readable, model, X), partial(kinds_of, model)
+                generator = generator if merged.batches else shared.helpers.alike(generator)
                 batch = Batch(
-                    output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=ranks,
-                    spread=indices.of(len(output), ranks), kinds=kinds,
+                    output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=shared,
+                    spread=indices.of(len(output), shared), kinds=kinds,
                 )  # fmt: skip
                 parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
                 merged.add(parts, everybody.weight(weights.of(loss)), engine.error)

@@ -24,8 +24,8 @@ from bncurv.layers.copies import Embedding, Expanded
 from bncurv.passes import Passes, vjp
 from bncurv.precision import ROUNDING, ulp
 from bncurv.products import Products
-from bncurv.ranks import Shard, whole
 from bncurv.slow import listed, user_level, warn_slow
+from bncurv.spread import Shard, whole
 from bncurv.structure import ALL
 
 FEW = 4  # samples that are looked at one by one, at most
@@ -62,7 +62,8 @@ class Assurance:
     def __init__(
         self, passes: Passes, trace: Trace, products: Products, sources: list[Source], shard: Shard | None = None
     ) -> None:
-        self._ranks, self._shard = passes.ranks, shard or whole(passes.samples)
+        self._ranks, everything = passes.ranks, whole(passes.samples)
+        self._shard = everything if shard is None or passes.ranks.divides else shard  # what is divided all check alike
         self._passes, self._trace, self._products, self._sources = passes, trace, products, sources
         self._output, self._structure = passes.output, passes.structure
         self.strange: set[int] = set()

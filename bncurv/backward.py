@@ -22,10 +22,11 @@ from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss
 from bncurv.placement import check_placement
 from bncurv.quantities import Quantity
-from bncurv.ranks import ALONE, Indices, Ranks
+from bncurv.ranks import ALONE, Ranks
 from bncurv.recording import Recording, behind
 from bncurv.sampling import generator_of_call
 from bncurv.slow import user_level, warn_slow
+from bncurv.spread import Indices
 from bncurv.turns import in_engine_thread
 from bncurv.undo import Undo, without_trace
 from bncurv.untouched import (

@@ -51,7 +51,7 @@ def compute(
             if key in asked[q.field]:
                 q.add(states[q.field], key, rows)
     check_grads(batch.parameters, grads)
-    everybody, sharing = batch.ranks.everybody, batch.ranks.size
+    everybody, sharing = batch.ranks.everybody, batch.ranks.size * batch.ranks.helpers.size
     return {q.field: q.reduce(q.finish(states[q.field]), everybody, sharing) for q in quantities}, engine
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bncurv.graph import Trace
 from bncurv.loss_at_batch import LossAtBatch
-from bncurv.ranks import ALONE, Ranks, Shard, whole
+from bncurv.ranks import ALONE, Ranks
+from bncurv.spread import Shard, whole
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class Batch:
     @property
     def samples(self) -> int:
         """N; of several ranks, those of this one."""
-        return self.output.shape[0]
+        return self.shard.own
 
     @property
     def shard(self) -> Shard:
         """Which samples of the batch they are."""
-        return self.spread or whole(self.samples)
+        return self.spread or whole(len(self.output))
 
 
 class Source(Protocol):
@@ -100,6 +101,8 @@ class Correction:
 
     def add_to(self, rows: Tensor, n: slice) -> None:
         """Add the correction of the samples ``n`` to their rows ``[n, c, *p]``."""
+        if not len(rows):
+            return
         if self.A is not None and self.P is not None:
             flat = rows.view(rows.shape[0] * rows.shape[1], -1)
             flat.addmm_(self.A[n].flatten(0, 1), self.P.reshape(len(self.P), -1))
@@ -107,6 +110,10 @@ class Correction:
             by_channel = rows.view(*rows.shape[:2], p.shape[1], -1)
             for moment in range(len(p)):
                 by_channel.addcmul_(a[n, :, moment, :, None], p[moment].reshape(p.shape[1], -1))
+
+    def of(self, n: slice) -> Correction:
+        """That of the samples ``n``."""
+        return Correction(None if self.A is None else self.A[n], self.P, tuple((a[n], p) for a, p in self.direct))
 
     def summed(self, like: Tensor) -> Tensor:
         """Summed over samples and columns, ``[*p]`` as ``like``."""

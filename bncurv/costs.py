@@ -10,7 +10,7 @@ from bncurv.budget import CHUNK_BYTES, DIRECTION_BYTES, ROW_BYTES, WIDEST_BYTES
 from bncurv.graph import Trace
 from bncurv.marks import Call
 from bncurv.products import Products
-from bncurv.ranks import Shard
+from bncurv.spread import Shard
 from bncurv.structure import ALL, Structure
 
 WORTHWHILE = 3  # fewer backward passes than this are not done at once
@@ -48,7 +48,8 @@ class Costs:
         self._structure, self._products, self._columns = structure, products, columns
         self._squares_do, self._chunk_size = squares, chunk_size
         self._samples, self._total, self._wanted = shard.largest, shard.total, products.wanted
-        self._share = shard.largest / products.samples  # of the largest shard: all ranks must decide alike
+        self._share = shard.held / products.samples  # of the largest shard: all ranks must decide alike
+        self._helpers = shard.helpers
         self._calls = {j: s.mark.call for j, s in enumerate(trace.sites) if s.mark.call}
         flops = {j: call.layer.flops(call.arguments, call.output) for j, call in self._calls.items()}
         self._forward = {j: self._share * work for j, work in flops.items()}
@@ -93,7 +94,7 @@ class Costs:
         for j, *_ in self._structure.sisters:
             sites = self._structure.below[j]
             if sites:
-                count, through = self._structure.width[j], self._structure.through[j]
+                count, through = -(-self._structure.width[j] // self._helpers), self._structure.through[j]
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
                 cost += len(groups) * (count * self._pass(through, sites) + CALL * calls)
         for name in self._wanted:

@@ -18,6 +18,7 @@ from bncurv.budget import chunks
 from bncurv.costs import Costs
 from bncurv.passes import Passes
 from bncurv.products import Products
+from bncurv.ranks import Ranks
 from bncurv.statistics_passes import StatisticsPasses
 
 
@@ -56,11 +57,17 @@ class Directions:
             for j in sisters:
                 self._pull_direct(j)
         if passes.ranks.size > 1:
-            self._sum_over_ranks(known=between)
+            self._sum_over_ranks(passes.ranks, between)
+        elif passes.ranks.divides:
+            self._sum_over_ranks(passes.ranks.helpers, between)
 
-    def _sum_over_ranks(self, known: Mapping[int, Mapping[int, Tensor]] | None) -> None:
-        """Everything until here was local: chunks need not be the same on all ranks."""
-        ranks, products = self._passes.ranks, self._products
+    def _sum_over_ranks(self, ranks: Ranks, known: Mapping[int, Mapping[int, Tensor]] | None) -> None:
+        """Everything until here was local: chunks need not be the same on all ranks.
+
+        Each has pulled all coordinates back to its own samples; or its share of them to all samples, and has zeros in
+        the rows of the others.
+        """
+        products = self._products
         pairs = [(j, i) for j in self.between for i in self.between[j] if not known or j not in known]
         total = ranks.sum([self.between[j][i] for j, i in pairs], "B")
         for (j, i), b in zip(pairs, total, strict=True):
@@ -68,7 +75,7 @@ class Directions:
         for name, P in self._P.items():
             if len(P) and not products.vanishes(name):
                 (self._P[name],) = ranks.sum([P], "P")
-            if name in self._direct:
+            if name in self._direct and not self._passes.ranks.divides:
                 own = ranks.sum([p for _, p in self._direct[name]], "P of the layer below a BatchNorm")
                 self._direct[name] = [(j, p) for (j, _), p in zip(self._direct[name], own, strict=True)]
 
@@ -93,7 +100,9 @@ class Directions:
                 self.between[j] = {i: zeros(width[j], width[i]) for i in self._structure.lower(j)}
         if not names and (known or not self.between[first]):
             return
-        for q in chunks(width[first], self._costs.direction_chunk(first)):
+        share = self._passes.ranks.helpers.share(width[first])
+        for part in chunks(share.stop - share.start, self._costs.direction_chunk(first)):
+            q = slice(share.start + part.start, share.start + part.stop)
             for j, (products, received) in zip(sisters, self._from_statistics.pull(sisters, q, names), strict=True):
                 for name in names:
                     self._rows[name][j][q] = products[name]

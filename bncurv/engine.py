@@ -96,7 +96,7 @@ class Engine:
         squares: Collection[str] = (),
     ) -> None:
         self.output, self.wanted, self.trace = batch.output, dict(batch.parameters), batch.trace
-        self.samples, self.shard, self.ranks = batch.samples, batch.shard, batch.ranks
+        self.shard, self.ranks, samples = batch.shard, batch.ranks, len(batch.output)
         self._whole = {key: s for key, s in sources.items() if isinstance(s, WholeBatch)}
         self._procedures = {key: s for key, s in sources.items() if isinstance(s, Procedure)}
         self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch | Procedure)}
@@ -105,9 +105,7 @@ class Engine:
         self.structure = Structure(self.trace, self.wanted)
         uncentred = keep_own or tol  # these need the own part and the mean's directions as such
         centred = () if uncentred else self.structure.exclusive
-        self.products = Products(
-            self.trace, self.structure, self.wanted, self.samples, centred, not chunk_size, self.ranks
-        )
+        self.products = Products(self.trace, self.structure, self.wanted, samples, centred, not chunk_size, self.ranks)
         self.costs = Costs(
             self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size, shard=self.shard
         )
@@ -171,13 +169,14 @@ class Engine:
 
     @property
     def _directions(self) -> int:
-        """Backward passes for the directions."""
-        return sum(self.structure.width[j] for j, *_ in self.structure.sisters if self.structure.below[j])
+        """Backward passes for the directions, on the rank with most."""
+        widths = [self.structure.width[j] for j, *_ in self.structure.sisters if self.structure.below[j]]
+        return sum(-(-width // self.shard.helpers) for width in widths)
 
     @property
     def planned(self) -> int:
         """Backward passes that the sources will take."""
-        whole = sum(len(s.cotangents) for s in self._whole.values())
+        whole = sum(-(-len(s.cotangents) // self.shard.helpers) for s in self._whole.values())
         whole += sum(procedure.planned(self) for procedure in self._procedures.values())
         if not self._columns:
             return whole
@@ -186,9 +185,14 @@ class Engine:
         return whole + self._columns + self._directions + (self.shard.total * self._columns if self.slow else 0)
 
     # ---------------------------------------------------------------- the two ways
-    def pull_whole(self, cotangents: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
+    def _pull_whole(self, cotangents: Tensor) -> dict[str, Tensor]:
+        """`pull_rows` of cotangents that are divided over the ranks where all have the same batch."""
+        helpers, count = self.ranks.helpers, len(cotangents)
+        rows = self.pull_rows(cotangents[helpers.share(count)], list(self.wanted))
+        return helpers.joined(rows, count, "rows of the dense way")
+
+    def pull_rows(self, cotangents: Tensor, names: list[str]) -> dict[str, Tensor]:
         """``J_θFᵀ`` of whole-batch cotangents ``[q, n, *output]``, coupling included: ``[q, *p]`` per parameter."""
-        names = list(self.wanted) if names is None else names
         got = self.back.vjp(self.output, [self.wanted[name] for name in names], cotangents)
         count = len(cotangents)
         rows = {n: self.products.zeros(n, count) if g is None else g for n, g in zip(names, got, strict=True)}
@@ -198,8 +202,8 @@ class Engine:
     def pull(self) -> Iterator[tuple[str, Rows | Squares]]:
         """All rows of V of all sources, in blocks, each with its source's key."""
         for key, whole in self._whole.items():
-            for q in chunks(len(whole.cotangents), self.costs.dense_chunk()):
-                for name, values in self.pull_whole(whole.cotangents[q]).items():
+            for q in chunks(len(whole.cotangents), self.costs.dense_chunk() * self.shard.helpers):
+                for name, values in self._pull_whole(whole.cotangents[q]).items():
                     yield key, Rows(name, values[None], slice(0, 1), q)
         for key, procedure in self._procedures.items():
             for rows in procedure.pull(self):
@@ -245,33 +249,35 @@ class Engine:
             for n in chunks(self.shard.total, max(1, size // count)):  # samples of all ranks
                 # cotangent (n, c) is column c in row n, zero elsewhere
                 own, place = self.shard.here(n)
-                index = torch.arange(own.start, own.stop, device=columns.device)
+                rows = self.shard.rows(own)
+                index = torch.arange(rows.start, rows.stop, device=columns.device)
                 spread = columns.new_zeros(n.stop - n.start, *columns.shape)
-                spread[index + place.start - own.start, :, index] = columns[:, own].transpose(0, 1)
+                spread[index + place.start - rows.start, :, index] = columns[:, rows].transpose(0, 1)
                 cotangents, squares = spread.flatten(0, 1), {}
                 if self._keep_own:
                     with self.back.closed(sums=True):
-                        held = self.pull_whole(cotangents, names)
-                    squares = {name: torch.linalg.vector_norm(rows).square() for name, rows in held.items()}
-                for name, rows in self.pull_whole(cotangents, names).items():
+                        held = self.pull_rows(cotangents, names)
+                    squares = {name: torch.linalg.vector_norm(values).square() for name, values in held.items()}
+                for name, values in self.pull_rows(cotangents, names).items():
                     if len(index):
-                        yield Rows(name, rows.unflatten(0, (-1, count))[place], own, c, squares.get(name))
+                        yield Rows(name, values.unflatten(0, (-1, count))[place], own, c, squares.get(name))
 
     def _coupled(
         self, source: Source, names: list[str], directions: Directions | TruncatedDirections, squares: bool
     ) -> Iterator[Rows | Squares]:
         self.back.begin(source)
+        own = self.shard.rows()
         sites = sorted({*(j for name in names for j in self.structure.sites(name)), *self.structure.couplings})
         for c in chunks(source.columns_per_sample, self.costs.column_chunk(names)):
             columns = source.columns(c)
             delta = self.back.closed_vjp(self.output, sites, columns)
             directions.read(delta, len(columns))
             for name in names:
-                correction = directions.correction(name)
+                correction = directions.correction(name).of(own)
                 if squares and self.products.vanishes(name):
                     yield Squares(name, self.products.zeros(name))
                 elif squares and self._factored(name, len(columns), delta, correction):
-                    yield Squares(name, self.products.sum_squares(name, delta, len(columns), correction))
+                    yield Squares(name, self.products.sum_squares(name, delta, len(columns), correction, own))
                 else:
                     yield from self._rows(name, delta, c, correction, squares)
 
@@ -283,8 +289,9 @@ class Engine:
         self, name: str, delta: dict[int, Tensor | None], c: slice, correction: Correction, squares: bool
     ) -> Iterator[Rows | Squares]:
         count = c.stop - c.start
-        for n in chunks(self.samples, self.costs.row_chunk(name, count)):
-            rows = self.products.own(name, delta, n, count)
+        parts = chunks(self.shard.own, self.costs.row_chunk(name, count))
+        for n in parts if self.shard.own else (slice(0, 0),):  # without samples, what goes with them all the same
+            rows = self.products.own(name, delta, self.shard.rows(n), count)
             own = torch.linalg.vector_norm(rows).square() if self._keep_own else None
             correction.add_to(rows, n)  # V[k] = own[k] + Σ_q A[q, k] P[q]
             if squares:

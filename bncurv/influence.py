@@ -81,8 +81,8 @@ class InfluenceProjection(Quantity):
                 allow_unused=True,
                 materialize_grads=True,
             )
-            everybody = batch.ranks.everybody
-            direction = dict(zip(batch.parameters, everybody.sum(gradients, "gradient"), strict=True))
+            total = batch.ranks.parts.sum(gradients, "gradient")
+            direction = dict(zip(batch.parameters, total, strict=True))
         unknown = [name for name in direction if name not in batch.parameters]
         if unknown or not direction:
             raise ValueError(f"direction names {unknown or 'nothing'}; the parameters are {list(batch.parameters)}.")

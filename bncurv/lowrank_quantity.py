@@ -40,6 +40,11 @@ class _Factor(NamedTuple):
     weights: Tensor | None
     gradients: dict[str, Tensor]
 
+    @property
+    def count(self) -> int:
+        """N; 0 where they have no rows."""
+        return int(self.samples[-1]) + 1 if len(self.samples) else 0
+
     def by_component(self) -> dict[str, Tensor]:
         """Per-component gradients ``{name: [N, *p]}``."""
         if self.weights is None:
@@ -151,7 +156,8 @@ class LowRankGGN(Quantity):
             return _Collected(None, None, {"factor": V, "gradient": gradients}, OF_NONE)
         V = empty(batch.samples, batch.loss.factor.columns_per_sample)
         gradients = empty(batch.samples, 1 if batch.loss.weights is None else 0)
-        return _Collected(None, batch.loss.weights, {"factor": V, "gradient": gradients})
+        weights = None if batch.loss.weights is None else batch.loss.weights[batch.shard.rows()]
+        return _Collected(None, weights, {"factor": V, "gradient": gradients})
 
     def add(self, state: _Collected, key: str, rows: Rows) -> None:
         """V[k] and g_n."""
@@ -172,7 +178,7 @@ class LowRankGGN(Quantity):
         """V of all samples, on every rank: whatever is asked of it later needs no message."""
         if ranks.size == 1 or isinstance(part, _Operators):
             return part
-        counts = [int(n) for n in ranks.numbers(float(part.samples[-1]) + 1)]
+        counts = [int(n) for n in ranks.numbers(part.count)]
         samples = ranks.rows(part.samples + sum(counts[: ranks.rank]), "V")
         weights = None if part.weights is None else ranks.rows(part.weights, "V")
         rows, gradients = (
@@ -189,7 +195,7 @@ class LowRankGGN(Quantity):
             )
         roots = [share**0.5 for share in shares]
         rows = combine([part.rows for part in parts], roots, 0)
-        counts = [0, *(int(part.samples[-1]) + 1 if len(part.samples) else 0 for part in parts)]
+        counts = [0, *(part.count for part in parts)]
         samples = torch.cat([part.samples + sum(counts[: i + 1]) for i, part in enumerate(parts)])
         # share g_n = Σ_k √share w[k] · √share V[k]
         weights = [root * part.weights for root, part in zip(roots, parts, strict=True) if part.weights is not None]

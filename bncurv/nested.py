@@ -31,16 +31,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
     return (t for _, t in named("", value))
 
 
-def held(value: Any, depth: int = 6, seen: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """The tensors that a structure or any other object holds, also in sets and as attributes."""
-    if isinstance(value, Tensor):
+def held(value: Any, depth: int = 6, seen: tuple[int, ...] = (), kinds: Any = Tensor) -> Iterator[Any]:
+    """The tensors (or values of other ``kinds``) that a structure or any other object holds, also as attributes."""
+    if isinstance(value, kinds):
         yield value
     elif depth and id(value) not in seen and not isinstance(value, str | bytes | type | nn.Module):
         inside: Iterable[Any] = getattr(value, "__dict__", {}).values()
         if isinstance(value, Mapping | Sequence | Set):
             inside = value.values() if isinstance(value, Mapping) else value
         for part in inside:
-            yield from held(part, depth - 1, (*seen, id(value)))
+            yield from held(part, depth - 1, (*seen, id(value)), kinds)
 
 
 def mapped(f: Callable[[Tensor], Any], value: Any, depth: int = DEEPEST) -> Any:

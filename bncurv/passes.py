@@ -88,7 +88,7 @@ class Passes:
         structure: its structure.
         tick: called with the number of backward passes just done.
         quiet: parameters whose rows are nothing but rounding.
-        ranks: those that share batch statistics, and go through the same passes.
+        ranks: those that share batch statistics, and go through the same passes unless they divide them.
 
     Attributes:
         samples: N.
@@ -165,7 +165,7 @@ class Passes:
             rows, self._singly = vjp([start], edges, [u], singly=True), True
             verdict = Verdict.RIGHT
             if not self._trace.plain:
-                verdict = examine(pull, u, [rows[i] for i in watched], self.ranks)
+                verdict = examine(pull, u, [rows[i] for i in watched], self.ranks.passing)
             if verdict is Verdict.RIGHT:
                 warn_slow(
                     f"PyTorch's batched backward pass (torch.vmap) differs from ordinary ones {self._where(edges)}. "
@@ -191,7 +191,7 @@ class Passes:
         if len(u) == 1 and not self._trace.plain:  # one cotangent tells no linear map from another: beside a second one
             u = torch.cat([u, pattern(u.shape, u)])
             rows = pull(u)
-        return examine(pull, u, rows, self.ranks), pull
+        return examine(pull, u, rows, self.ranks.passing), pull
 
     def demand_linear(self, edges: Ends, u: Tensor) -> None:
         """Raise RuntimeError unless passes of the output's cotangent ``u`` are those of a linear map."""

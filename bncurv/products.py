@@ -296,11 +296,13 @@ class Products:
         factors = [right[0, :, 0], None if d is None else d.flatten(2), *coefficients]
         return all(within_range(t) for t in factors if t is not None)
 
-    def sum_squares(self, name: str, delta: dict[int, Tensor | None], count: int, correction: Correction) -> Tensor:
-        """Σ V² over all samples and ``count`` columns of each, ``[*p]``; where `factors`."""
+    def sum_squares(
+        self, name: str, delta: dict[int, Tensor | None], count: int, correction: Correction, n: slice = slice(None)
+    ) -> Tensor:
+        """Σ V² over samples ``n``, whose correction it is, and ``count`` columns of each, ``[*p]``; where `factors`."""
         ((j, role),) = self.uses[name]
         call, d, right = self._trace.sites[j].call, delta[j], self.right(j, role)
         assert right is not None
         d = right.new_zeros(count, *call.output) if d is None else d
         left = call.layer.left(role, call.arguments, call.by_sample(d))[:, :, 0, :, 0]
-        return sum_squares(left, right[0, :, 0], correction).view_as(self.wanted[name])
+        return sum_squares(left[:, n], right[0, n, 0], correction).view_as(self.wanted[name])

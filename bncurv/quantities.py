@@ -158,7 +158,7 @@ class ComponentGrad(Quantity):
 
     def start(self, batch: Batch) -> dict[str, list[Tensor]]:
         """No samples yet."""
-        return {name: [] for name in batch.parameters}
+        return {name: [t] for name, t in zeros(batch.parameters, 0).items()}
 
     def add(self, state: dict[str, list[Tensor]], key: str, rows: Rows) -> None:
         """g_n; blocks come in the order of the samples."""
@@ -166,7 +166,7 @@ class ComponentGrad(Quantity):
 
     def finish(self, state: dict[str, list[Tensor]]) -> Result:
         """All samples; without a copy where they came at once."""
-        return {name: torch.cat(parts) if parts[1:] else parts[0].contiguous() for name, parts in state.items()}
+        return {name: torch.cat(parts) if parts[2:] else parts[-1].contiguous() for name, parts in state.items()}
 
 
 class ComponentL2Grad(Quantity):
@@ -233,7 +233,9 @@ class ComponentVariance(Quantity):
         return {name: Moments(0, mean, torch.zeros_like(mean)) for name, mean in zeros(batch.parameters).items()}
 
     def add(self, state: dict[str, Moments], key: str, rows: Rows) -> None:
-        """Join the moments of another block."""
+        """Join the moments of another block, which may be empty."""
+        if not len(rows.values):
+            return
         new = rows.values.mean((0, 1))
         block = Moments(len(rows.values), new, _squares(rows.values - new, (0, 1)))
         state[rows.name] = state[rows.name].joined(block)

@@ -19,60 +19,6 @@ from torch import Tensor, nn
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
-class Shard(NamedTuple):
-    """The samples of one rank among those of the ranks that it shares batch statistics with.
-
-    Attributes:
-        first: index of the first one.
-        own: how many there are here.
-        total: how many those ranks have together; of several such groups, the one with most.
-        largest: how many the rank with most has. All decide by this and by the total, and so do alike.
-        everywhere: how many all ranks have.
-    """
-
-    first: int
-    own: int
-    total: int
-    largest: int
-    everywhere: int
-
-    def here(self, n: slice) -> tuple[slice, slice]:
-        """Of samples ``n``: which of this rank's they are, and where these are in ``n``."""
-        start, stop = (min(max(k - self.first, 0), self.own) for k in (n.start, n.stop))
-        shift = self.first - n.start
-        return slice(start, stop), slice(start + shift, stop + shift)
-
-
-def whole(samples: int) -> Shard:
-    """All samples on one process."""
-    return Shard(0, samples, samples, samples, samples)
-
-
-class Indices:
-    """Where this rank's samples are among all samples of several mini-batches.
-
-    Args:
-        everybody: all ranks.
-    """
-
-    def __init__(self, everybody: Ranks) -> None:
-        self._everybody, self._before, self._found = everybody, 0, list[Tensor]()
-
-    def of(self, samples: int, sharing: Ranks) -> Shard:
-        """Of another mini-batch, with the ranks that share its statistics."""
-        counts = [int(n) for n in self._everybody.numbers(samples)]
-        first = self._before + sum(counts[: self._everybody.rank])
-        self._found.append(torch.arange(first, first + samples))
-        self._before += sum(counts)
-        together = [int(n) for n in sharing.numbers(samples)]
-        most = int(max(self._everybody.numbers(sum(together))))
-        return Shard(sum(together[: sharing.rank]), samples, most, max(counts), sum(counts))
-
-    def found(self) -> Tensor:
-        """Indices of all samples of this rank."""
-        return torch.cat(self._found)
-
-
 class RankFailure(RuntimeError):
     """Another rank has failed; the message says which one, and why."""
 
@@ -91,6 +37,8 @@ class Ranks:
         group: the process group; ``None``: that of all processes.
         everybody: those whom a failure concerns, among them these; default: these.
         alone: this process alone, whatever groups there are.
+        divides: whether everybody has the same batch, and does a part of the work.
+        plain: whether nothing but the call says over which ranks to work: then they may have the same batch.
 
     Attributes:
         size: W, their number.
@@ -99,23 +47,53 @@ class Ranks:
         messages: what was sent, by purpose.
     """
 
-    def __init__(self, group: Any = None, everybody: Ranks | None = None, alone: bool = False) -> None:
+    def __init__(
+        self,
+        group: Any = None,
+        everybody: Ranks | None = None,
+        alone: bool = False,
+        divides: bool = False,
+        plain: bool = False,
+    ) -> None:
         self._group, self.everybody = group, everybody or self
+        self.divides, self.plain = divides, plain
         self.size = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
         self.messages: dict[str, Messages] = everybody.messages if everybody else {}
         cuda = self.size > 1 and "nccl" in str(dist.get_backend(group))
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
+    @property
+    def helpers(self) -> Ranks:
+        """Those that have the same batch and divide the work; where there are none, this process alone."""
+        return self.everybody if self.divides else ALONE
+
+    @property
+    def parts(self) -> Ranks:
+        """Those whose losses make up the loss; where all have the same batch, this process alone."""
+        return ALONE if self.divides else self.everybody
+
+    @property
+    def passing(self) -> Ranks:
+        """Those that go through the same passes; where they divide them, this process alone."""
+        return ALONE if self.divides else self
+
+    def share(self, count: int) -> slice:
+        """Which of ``count`` things are this rank's, as evenly as may be."""
+        least, more = divmod(count, self.size)
+        start = self.rank * least + min(self.rank, more)
+        return slice(start, start + least + (self.rank < more))
+
     # ---------------------------------------------------------------- data
     def sum(self, ts: Sequence[Tensor], purpose: str) -> list[Tensor]:
         """Σ over ranks of several tensors, in one message; equal to the bit on all of them."""
         if self.size == 1 or not ts:
             return list(ts)
-        flat = torch.cat([t.reshape(-1) for t in ts])  # a copy
+        flat = torch.cat([self._sendable(t).reshape(-1) for t in ts])  # a copy
         self._about_to_send(flat, purpose)
         dist.all_reduce(flat, group=self._group)
-        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in ts]), ts, strict=True)]
+        parts = zip(flat.split([t.numel() for t in ts]), ts, strict=True)
+        return [part.view(t.shape).to(t.device) for part, t in parts]
 
     def sums(self, by_name: Mapping[str, Tensor], purpose: str) -> dict[str, Tensor]:
         """`sum` of tensors by name."""
@@ -125,10 +103,31 @@ class Ranks:
         """Every rank's tensor of the same shape, in the order of the ranks."""
         if self.size == 1:
             return [t]
-        self._about_to_send(t, purpose)
-        found = [torch.empty_like(t) for _ in range(self.size)]
-        dist.all_gather(found, t.contiguous(), group=self._group)
-        return found
+        mine = self._sendable(t).contiguous()
+        self._about_to_send(mine, purpose)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self._group)
+        return [part.to(t.device) for part in found]
+
+    def first(self, t: Tensor, purpose: str) -> Tensor:
+        """Rank 0's tensor, for all."""
+        return self.gather(t, purpose)[0]
+
+    def alike(self, generator: torch.Generator | None) -> torch.Generator | None:
+        """A generator that was just seeded, with rank 0's seed on all ranks."""
+        if generator is not None and self.size > 1:
+            seed = torch.tensor([generator.initial_seed()], device=self._device)
+            generator.manual_seed(int(self.first(seed, "seed")))
+        return generator
+
+    def joined(self, rows: Mapping[str, Tensor], count: int, purpose: str) -> dict[str, Tensor]:
+        """Of ``count`` rows every rank has its `share`: all of them ``[count, ...]``, by name."""
+        if self.size == 1:
+            return dict(rows)
+        found = {name: t.new_zeros(count, *t.shape[1:]) for name, t in rows.items()}
+        for name, t in rows.items():
+            found[name][self.share(count)] = t
+        return self.sums(found, purpose)
 
     def rows(self, t: Tensor, purpose: str) -> Tensor:
         """Every rank's rows ``[n, ...]``, unequally many, in the order of the ranks."""
@@ -138,6 +137,10 @@ class Ranks:
         padded = t.new_zeros(max(counts), *t.shape[1:])
         padded[: len(t)] = t
         return torch.cat([part[:c] for part, c in zip(self.gather(padded, purpose), counts, strict=True)])
+
+    def _sendable(self, t: Tensor) -> Tensor:
+        """The tensor where the group can send it from: NCCL sends from GPUs only."""
+        return t.to(self._device) if self._device.type == "cuda" else t
 
     def _about_to_send(self, t: Tensor, purpose: str) -> None:
         self.everybody.agree(None, t.numel() if self.everybody is self else 0)
@@ -259,8 +262,8 @@ def ranks_of(model: nn.Module, process_group: Any = None) -> Ranks:
         return ALONE
     own = model.process_group if wrapped else next(iter(synced.values())).process_group if synced else None
     everybody = Ranks(process_group or own)
-    if not synced:
-        return Ranks(everybody=everybody, alone=True)  # statistics of every rank's own samples
+    if not synced:  # statistics of every rank's own samples
+        return Ranks(everybody=everybody, alone=True, plain=not wrapped)
     plain = [name for name, m in training if name not in synced]
     if plain:
         raise ValueError(

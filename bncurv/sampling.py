@@ -72,6 +72,7 @@ class _Sampled(Quantity):
         generator, everybody = self.generator or batch.generator, batch.ranks.everybody
         if self.generator and everybody.size > 1:  # the same seed on all ranks must not give the same draws
             generator = _seeded(self.generator, self.generator.device, everybody.rank)
+            generator = batch.ranks.helpers.alike(generator)  # draws of the same batch are divided
         return batch.loss.sample(self.mc_samples, self.kind, generator)
 
 

@@ -44,7 +44,8 @@ class TruncatedDirections:
         a = torch.cat([self._all_coefficients(s) for s in sources])  # [K, R]
         (gram,) = passes.ranks.sum([(a.T @ a).double()], "AᵀA")
         squares, U = torch.linalg.eigh(gram)
-        U = passes.ranks.gather(U, "basis of the statistics")[0]  # one rank's signs and bases for all
+        for ranks in (passes.ranks, passes.ranks.helpers):  # one rank's signs and bases for all
+            U = ranks.first(U, "basis of the statistics")
         squares, U = squares.flip(0).clamp(min=0), U.flip(1)
         tail = squares.flip(0).cumsum(0).flip(0)  # Σ_{q >= r}
         kept = int((tail > tol**2 * tail[0]).sum())
@@ -72,13 +73,16 @@ class TruncatedDirections:
         names = [name for name in self._names if not structure.sites(name).isdisjoint(below)]
         sites = sorted({i for name in names for i in structure.sites(name)})
         parts: dict[str, list[Tensor]] = {name: [products.zeros(name, 0)] for name in names}
-        for q in chunks(len(directions), self._costs.dense_chunk()):
-            split = directions[q].split([s.numel() for s in statistics], -1)
+        helpers = passes.ranks.helpers
+        own = directions[helpers.share(len(directions))]
+        for q in chunks(len(own), self._costs.dense_chunk()):
+            split = own[q].split([s.numel() for s in statistics], -1)
             cotangents = [part.reshape(-1, *s.shape) for part, s in zip(split, statistics, strict=True)]
             deltas = dict(zip(sites, passes.vjp(statistics, structure.edges(sites), cotangents), strict=True))
             for name in names:
-                parts[name].append(products.summed(name, deltas, len(directions[q]), {}))
-        return passes.ranks.sums({name: torch.cat(p) for name, p in parts.items()}, "P")
+                parts[name].append(products.summed(name, deltas, len(own[q]), {}))
+        rows = passes.ranks.sums({name: torch.cat(p) for name, p in parts.items()}, "P")
+        return helpers.joined(rows, len(directions), "P")
 
     def read(self, delta: Mapping[int, Tensor | None], count: int) -> None:
         """Take the coefficients of ``count`` columns from their cotangents with closed gates."""

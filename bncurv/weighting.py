@@ -47,12 +47,14 @@ class Influence(Procedure):
         if self._direction is not None:
             return 2
         structure = engine.structure
-        directions = sum(structure.width[j] for j, *_ in structure.sisters if structure.below[j])
-        return 1 + directions + sum(structure.width.values()) if self._cut(engine) else engine.shard.total
+        widths = [structure.width[j] for j, *_ in structure.sisters if structure.below[j]]
+        widths += structure.width.values()
+        return 1 + sum(-(-r // engine.shard.helpers) for r in widths) if self._cut(engine) else engine.shard.total
 
     def _cut(self, engine: Engine) -> bool:
         statistics = sum(engine.structure.width.values())
-        return not engine.slow and engine.shard.total > WORTHWHILE * statistics > 0
+        samples = engine.shard.everywhere if engine.ranks.divides else engine.shard.total  # on all ranks alike
+        return not engine.slow and samples > WORTHWHILE * statistics > 0
 
     def pull(self, engine: Engine) -> Iterator[Rows]:
         """Blocks of g_n; or all projections as one."""
@@ -67,7 +69,7 @@ class Influence(Procedure):
 
     def _ways(self, engine: Engine) -> Iterator[Rows]:
         if self._direction is not None:
-            yield Rows("", self._projected(engine), slice(None), slice(0, 1))
+            yield Rows("", self._projected(engine)[engine.shard.rows()], slice(None), slice(0, 1))
             return
         rows = self._through_the_cut(engine) if self._cut(engine) else {}
         if rows and engine.ranks.everybody.all(self._right(engine, rows)):
@@ -117,7 +119,7 @@ class Influence(Procedure):
 
     def _weighted(self, engine: Engine) -> Tensor:
         """H ``[n]``: its gradients by the parameters are the influence gradients."""
-        samples = self._batch.samples
+        samples = len(engine.output)
         h = (self._batch.loss.gradient * engine.output).reshape(samples, -1).sum(1)
         for j, received in self._received(engine).items():
             h = h + engine.trace.sites[j].coupling.deviations(samples) @ received
@@ -128,7 +130,7 @@ class Influence(Procedure):
         for n in chunks(engine.shard.total, engine.costs.dense_chunk()):  # samples of all ranks
             own, place = engine.shard.here(n)
             one_hot = h.new_zeros(n.stop - n.start, len(h))
-            one_hot[place, own] = torch.eye(own.stop - own.start, dtype=h.dtype, device=h.device)
+            one_hot[place, engine.shard.rows(own)] = torch.eye(own.stop - own.start, dtype=h.dtype, device=h.device)
             got = engine.back.vjp(h, parameters, one_hot, beyond="influence")
             zeros = engine.products.zeros
             rows = {k: zeros(k, len(one_hot)) if t is None else t for k, t in zip(engine.wanted, got, strict=True)}
@@ -152,8 +154,8 @@ class Influence(Procedure):
     # ---------------------------------------------------------------- through the cut
     @torch.no_grad()
     def _through_the_cut(self, engine: Engine) -> dict[str, Tensor]:
-        """All g_n ``[n, 1, *p]`` by name."""
-        structure, samples, names = engine.structure, self._batch.samples, list(engine.wanted)
+        """All g_n of this rank ``[n, 1, *p]`` by name."""
+        structure, samples, names = engine.structure, len(engine.output), list(engine.wanted)
         sites = sorted({*(j for name in names for j in structure.sites(name)), *structure.couplings})
         got = engine.back.vjp(engine.output, structure.edges(sites), self._batch.loss.gradient[None])
         delta = dict(zip(sites, got, strict=True))
@@ -164,35 +166,40 @@ class Influence(Procedure):
             _less_weighting(coefficients, d[j], engine.trace.sites[j].coupling.share(samples), received)
         directions = Directions(engine.back, engine.products, engine.costs, names)
         directions.carry(a)
-        rows = {}
+        rows, own = {}, engine.shard.rows()
         for name in names:
-            rows[name] = engine.products.own(name, delta, slice(0, samples), 1)
-            directions.correction(name).add_to(rows[name], slice(0, samples))
+            rows[name] = engine.products.own(name, delta, own, 1)
+            directions.correction(name).add_to(rows[name], own)
         self._add_second_order(engine, rows, d)
         return rows
 
     def _add_second_order(self, engine: Engine, rows: dict[str, Tensor], d: dict[int, Tensor]) -> None:
-        """Σ_q d[n, q] Λ[q], some q at a time; every rank has λ, and its share of the cotangent."""
+        """Σ_q d[n, q] Λ[q], some q at a time; every rank has λ, and its share of the cotangent, or of the q."""
         with torch.enable_grad():
             received = self._received(engine)
-        parameters = list(engine.wanted.values())
+        parameters, helpers, purpose = list(engine.wanted.values()), engine.ranks.helpers, "influence gradients"
         for j, one in received.items():
-            for q in chunks(len(one), engine.costs.dense_chunk()):
+            for q in chunks(len(one), engine.costs.dense_chunk() * helpers.size):
                 one_hot = torch.eye(len(one), dtype=one.dtype, device=one.device)[q] / engine.ranks.size
-                got = engine.back.vjp(one, parameters, one_hot, beyond=f"influence {j}")
+                share = one_hot[helpers.share(len(one_hot))]
+                got = engine.back.vjp(one, parameters, share, beyond=f"influence {j}")
                 reached = {name: t for name, t in zip(engine.wanted, got, strict=True) if t is not None}
-                for name, second in engine.ranks.sums(reached, "influence gradients").items():
-                    rows[name] += torch.tensordot(d[j][:, q], second, 1)[:, None]
+                if helpers.size > 1:  # to some rank's share there may be nothing
+                    reached = {name: reached.get(name, engine.products.zeros(name, len(share))) for name in rows}
+                reached = helpers.joined(engine.ranks.sums(reached, purpose), len(one_hot), purpose)
+                for name, second in reached.items():
+                    rows[name] += torch.tensordot(d[j][engine.shard.rows(), q], second, 1)[:, None]
 
     def _right(self, engine: Engine, rows: dict[str, Tensor]) -> bool:
         """Whether a combination of the rows is what one double pass gives."""
-        h = self._weighted(engine)
-        f = pattern(h.shape, h)
+        h, own = self._weighted(engine), engine.shard.rows()
+        f = torch.zeros_like(h)
+        f[own] = pattern(h.shape, h)[own]
         found = torch.autograd.grad(
             h, list(engine.wanted.values()), f, allow_unused=True, materialize_grads=True, retain_graph=True
         )
         got = engine.ranks.sum(found, "check")
-        sums = engine.ranks.sum([torch.tensordot(f, values[:, 0], 1) for values in rows.values()], "check")
+        sums = engine.ranks.sum([torch.tensordot(f[own], values[:, 0], 1) for values in rows.values()], "check")
         size = max(float(g.abs().amax()) for g in got)
         floor = ROUNDING**2 * ulp(h.dtype) * size  # of a bias that a BatchNorm takes off again nothing else is left
         return all(

@@ -69,10 +69,10 @@ def measured(model: nn.Module, X: Tensor, y: Tensor, *quantities: Any, repeats: 
     return res, statistics.median(seconds)
 
 
-def apart(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+def apart(got: dict[str, Tensor], want: dict[str, Tensor], prefix: str = "module.") -> float:
     """Largest difference of a parameter's results, relatively to their norm over all parameters."""
     whole = sum(float(t.square().sum()) for t in want.values()) ** 0.5
-    return max(float((got[f"module.{name}"] - t).norm()) for name, t in want.items()) / whole
+    return max(float((got[prefix + name] - t).norm()) for name, t in want.items()) / whole
 
 
 def own_statistics(trained: nn.Module, digits: Digits, samples: int) -> tuple[float, float]:
@@ -140,16 +140,18 @@ def compare(samples: int, epochs: int, args: argparse.Namespace) -> int:
     asked = DiagGGNExact(), ComponentL2Grad(), LowRankGGN(top=5, matrix_free=False)
     model = synchronised(copy.deepcopy(trained))
     res, seconds = measured(model, X[mine], y[mine], *asked)
+    plain = plain_batchnorm(trained)
+    divided = curvature(plain, LOSS, (X, y), *asked, method="coupled", process_group=dist.group.WORLD)
     totals = [size * n for n in (4, 8, 16, 32, 64) if size * n <= samples]
     by_samples = {n // size: own_statistics(trained, digits, n) for n in totals}
     if rank:
         dist.barrier()
         return 0
-    plain = plain_batchnorm(trained)
     want, alone = measured(plain, X, y, *asked)
     norms = {n: res.l2_component[f"module.{n}"] - t[mine] for n, t in want.l2_component.items()}
     found = {
         "GGN diagonal": apart(res.diag_ggn_exact, want.diag_ggn_exact),
+        "GGN diagonal, the whole batch on every rank": apart(divided.diag_ggn_exact, want.diag_ggn_exact, ""),
         "norms of rank 0's component gradients": max(
             float(t.norm() / want.l2_component[n][mine].norm()) for n, t in norms.items()
         ),
@@ -160,6 +162,7 @@ def compare(samples: int, epochs: int, args: argparse.Namespace) -> int:
     for name, difference in found.items():
         print(f"| {name} | {difference:.1e} |")
     print(f"\npasses: {res.passes} on every rank, {want.passes} on one process")
+    print(f"passes with the whole batch on every rank, divided: {divided.passes}")
     print("\n| messages of rank 0 | number | kB |\n| --- | --- | --- |")
     for purpose, sent in res.messages.items():
         print(f"| {purpose} | {sent.number} | {sent.bytes / 1e3:.1f} |")

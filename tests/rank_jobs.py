@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,10 @@ from state import unchanged
 from torch import Tensor, nn
 
 from bncurv import (
+    ComponentDiagGGNExact,
+    ComponentDiagGGNMC,
     ComponentGrad,
+    ComponentL2Grad,
     ComponentVariance,
     CouplingReport,
     DiagGGNExact,
@@ -24,13 +29,17 @@ from bncurv import (
     InfluenceGrad,
     InfluenceProjection,
     LowRankGGN,
+    SqrtGGNExact,
+    SqrtGGNMC,
     SumComponentGradSquared,
     curvature,
     extend,
 )
 from bncurv.costs import Costs
+from bncurv.ranks import Ranks
 
 CE = nn.CrossEntropyLoss()
+DEVICE = torch.device("cpu")  # of models and data; of a process under NCCL its own GPU (`run`)
 SHARDS = {2: {"even": (8, 8), "uneven": (9, 3)}, 4: {"uneven": (3, 5, 1, 6)}}
 
 
@@ -38,6 +47,13 @@ def mlp() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()]
     return perturbed(nn.Sequential(*layers, nn.Linear(4, 3)))
+
+
+def dropped(seed: int) -> nn.Module:
+    """With a dropout, whose draws begin at a seed."""
+    model = nn.Sequential(mlp(), nn.Dropout(0.3))
+    torch.manual_seed(seed)
+    return model
 
 
 class Residual(nn.Module):
@@ -71,7 +87,7 @@ def plain_cnn() -> nn.Module:
 def perturbed(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         nn.init.normal_(p, std=0.5) if p.dim() > 1 else nn.init.uniform_(p, 0.5, 1.5)
-    return model.double()
+    return model.double().to(DEVICE)
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": cnn}
@@ -79,7 +95,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": cnn}
 
 def batch(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 6, generator=g, dtype=torch.float64), torch.randint(3, (count,), generator=g)
+    X, y = torch.randn(count, 6, generator=g, dtype=torch.float64), torch.randint(3, (count,), generator=g)
+    return X.to(DEVICE), y.to(DEVICE)
 
 
 def mine(shards: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -99,16 +116,24 @@ def quantities() -> tuple[Any, ...]:
     return DiagGGNExact(), ComponentGrad(), ComponentVariance(), SumComponentGradSquared(), LowRankGGN()
 
 
+def everything() -> tuple[Any, ...]:
+    """All quantities but the report, which goes one way only."""
+    exact = ComponentDiagGGNExact(), SqrtGGNExact(), ComponentL2Grad(), InfluenceGrad(), InfluenceProjection()
+    return *quantities(), *exact, DiagGGNMC(5), ComponentDiagGGNMC(2), SqrtGGNMC(2)
+
+
 def told(res: Any) -> dict[str, Any]:
     """What is compared, without DistributedDataParallel's prefix."""
     found: dict[str, Any] = {"method": res.method, "passes": res.passes, "messages": dict(res.messages)}
     found["samples"] = None if res.samples is None else res.samples.clone()
     for field, value in res.fields.items():
+        if isinstance(value, Tensor):
+            found[field] = value
         if isinstance(value, dict):
             found[field] = {name.removeprefix("module."): t for name, t in value.items()}
     if "ggn" in res.fields:
         ggn = res.ggn
-        flat = torch.linspace(-1, 1, ggn.dim, dtype=torch.float64)
+        flat = torch.linspace(-1, 1, ggn.dim, dtype=torch.float64, device=ggn.device)
         found |= {"eigenvalues": ggn.eigenvalues, "product": ggn @ flat, "solved": ggn.solve(flat, 0.1)}
     return found
 
@@ -235,6 +260,68 @@ def trace_left(shards: tuple[int, ...]) -> list[str]:
     return changed + [name for name, m in model.named_modules() if "forward" in vars(m)]
 
 
+# ---------------------------------------------------------------------------- the same batch on every rank
+def same(net: str, count: int, method: str, **options: Any) -> dict[str, Any]:
+    """A plain model and one batch, on all ranks; they have other random states, and one counts passes alone."""
+    model, where = NETS[net](), {"method": method, "process_group": dist.group.WORLD} | options
+    torch.manual_seed(3 + dist.get_rank())
+    found = told(curvature(model, CE, batch(count), *everything(), **where))
+    one = curvature(model, CE, batch(count), DiagGGNExact(), **where)
+    return found | {"passes": one.passes, "messages": dict(one.messages)}
+
+
+def same_rest(count: int) -> dict[str, Any]:
+    """What is not in `everything`: report, truncation, matrix-free, a generator, mini-batches, a dropout."""
+    group, data = {"process_group": dist.group.WORLD}, batch(count)
+    generator = torch.Generator().manual_seed(5 + dist.get_rank())
+    free = curvature(mlp(), CE, data, LowRankGGN(top=3, matrix_free=True), **group).ggn
+    cut = curvature(mlp(), CE, data, DiagGGNExact(), tol=0.3, method="coupled", **group)
+    mixed = curvature(mlp(), CE, data, DiagGGNMC(5, generator=generator), **group).diag_ggn_mc
+    dropping = curvature(dropped(4), CE, data, DiagGGNExact(), **group)
+    several = [batch(count, seed) for seed in (1, 2)]
+    return {
+        "report": curvature(mlp(), CE, data, CouplingReport(), **group).coupling,
+        "free": {"values": free.eigenvalues, "vectors": free.unit_vectors(), "gradient": free.gradient,
+                 "slopes": free.slopes().abs(), "curvatures": free.curvatures(), "product": free @ free.gradient},
+        "cut": cut.diag_ggn_exact | cut.error, "passes": cut.passes, "mixed": mixed,
+        "dropping": dropping.diag_ggn_exact, "loader": told(curvature(mlp(), CE, several, *quantities(), **group)),
+    }  # fmt: skip
+
+
+def not_same(shards: tuple[int, ...]) -> dict[str, Any]:
+    """A plain model with other samples on every rank, and what is neither the same nor other."""
+    group = {"process_group": dist.group.WORLD}
+    other, late = mlp(), [batch(6), batch(6, seed=2 + dist.get_rank())]
+    other[3].bias.data += dist.get_rank()
+    means = told(curvature(mlp(), CE, mine(shards), *quantities(), **group))
+    calls = {"parameters": (other, CE, batch(6)), "late": (mlp(), CE, late)}
+    calls["dropout"] = (dropped(dist.get_rank()), CE, batch(6))  # last: it sets the seed
+    said = {key: raised(partial(curvature, *args, DiagGGNExact(), **group)) for key, args in calls.items()}
+    return {"told": means, **said}
+
+
+class Refusing(DiagGGNExact):
+    """Fails on rank 1 in the middle of its work."""
+
+    def add(self, state: Any, key: str, rows: Any) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("no more rows")
+        super().add(state, key, rows)
+
+
+def same_failure(method: str) -> str:
+    return raised(lambda: curvature(mlp(), CE, batch(6), Refusing(), method=method, process_group=dist.group.WORLD))
+
+
+def raised(call: Callable[[], Any]) -> str:
+    """The error of a call, as it reads."""
+    try:
+        call()
+    except BaseException as e:
+        return f"{type(e).__name__}: {e}"
+    return "nothing"
+
+
 class Stumbling(nn.Module):
     """Fails in the middle of the forward pass."""
 
@@ -258,6 +345,8 @@ def failure(kind: str) -> dict[str, Any]:
     data: Any = (X, y)
     if kind == "nan" and bad:
         data = (X / 0, y)
+    if kind == "target" and DEVICE.type == "cuda":  # it would be the last job of this process
+        return {}
     if kind == "target" and bad:
         data = (X, y + 7)
     if kind == "loader":
@@ -266,22 +355,34 @@ def failure(kind: str) -> dict[str, Any]:
         asked = [DiagGGNExact(), SumComponentGradSquared()]
     if kind == "none" and bad:
         asked = []
-    start = time.monotonic()
-    with unchanged(net):
-        try:
-            curvature(net, CE, data, *asked, method="coupled")
-            said = "nothing"
-        except BaseException as e:
-            said = f"{type(e).__name__}: {e}"
-    took = time.monotonic() - start
+    with unchanged(net), clock() as times:
+        said = raised(partial(curvature, net, CE, data, *asked, method="coupled"))
     again = told(curvature(synced(mlp()), CE, mine((8, 8)), DiagGGNExact()))
-    return {"said": said, "took": took, "again": again}
+    return {"said": said, "times": times, "again": again}
+
+
+@contextmanager
+def clock() -> Iterator[dict[str, float]]:
+    """When the block began and ended, and when an error in it was about to be told; one clock for all processes."""
+    times, agree = {"began": time.monotonic()}, Ranks.agree
+
+    def noting(self: Ranks, error: BaseException | None, about: int = 0) -> None:
+        if error is not None:
+            times.setdefault("failed", time.monotonic())
+        agree(self, error, about)
+
+    Ranks.agree = noting  # type: ignore[method-assign]
+    try:
+        yield times
+    finally:
+        Ranks.agree = agree  # type: ignore[method-assign]
+        times["ended"] = time.monotonic()
 
 
 def mixture() -> str:
     """SyncBatchNorm and plain BatchNorm side by side."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(mlp())
-    model[4] = nn.BatchNorm1d(4).double()
+    model[4] = nn.BatchNorm1d(4).double().to(DEVICE)
     try:
         curvature(nn.parallel.DistributedDataParallel(model), CE, mine((8, 8)), DiagGGNExact())
     except ValueError as e:
@@ -294,13 +395,17 @@ def influence(shards: tuple[int, ...]) -> dict[str, Any]:
     return told(res) | {"projection": res.influence_projection}
 
 
-def run(rank: int, size: int, jobs: dict[str, tuple[Callable, tuple, dict]], folder: str) -> None:
+def run(rank: int, size: int, jobs: dict[str, tuple[Callable, tuple, dict]], folder: str, backend: str) -> None:
     """All jobs on one rank; results and errors by name into a file."""
+    global DEVICE
     torch.set_num_threads(1)
-    # its constructor wants a GPU for SyncBatchNorm, whose own kernels do; ours do not
-    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None  # type: ignore
+    if backend == "nccl":
+        DEVICE = torch.device("cuda", rank)
+        torch.cuda.set_device(DEVICE)
+    else:  # its constructor wants a GPU for SyncBatchNorm, whose own kernels do; ours do not
+        nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None  # type: ignore
     where = f"file://{os.path.join(folder, 'meet')}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {}
     for name, (job, args, options) in jobs.items():
         try:

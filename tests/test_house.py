@@ -12,7 +12,7 @@ FILES = {
 }
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
-    {"undo", "slow", "turns", "eager", "autocast", "nested", "ranks"},
+    {"undo", "slow", "turns", "eager", "autocast", "nested", "ranks", "spread"},
     {"budget", "precision", "probes", "order", "gate", "batchnorm", "sync", "einsum", "recurrent", "layers", "factor",
      "losses", "loss_calls", "heads", "bodies"},
     {"constants", "marks", "meeting", "modes", "watch", "record", "graph", "structure"},
@@ -20,7 +20,7 @@ FLOORS = [
      "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance", "engine", "weighting"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
-    {"batch", "checks", "chosen", "inputs", "untouched", "twins", "placement"},
+    {"batch", "checks", "chosen", "inputs", "untouched", "twins", "placement", "division"},
     {"recording", "context", "composed", "backward"},
     {"api", "extension"},
     {""},

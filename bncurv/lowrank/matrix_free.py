@@ -32,13 +32,14 @@ class BatchOperator:
         weights: of V's rows in the per-component gradients, ``[n, c]``, where they are such combinations.
         recorded: what the graph reads.
         everybody: over whose ranks the batch is spread; ``u`` and rows are then this rank's, and all call together.
+        helpers: those that have the same batch: each does all of it.
     """
 
     def __init__(self, batch: Batch) -> None:
         self.parameters, self.factor = dict(batch.parameters), batch.loss.factor
         self.gradient, self.weights = batch.loss.gradient, batch.loss.weights
         self._output, self._list = batch.output, list(self.parameters.values())
-        self.everybody = batch.ranks.everybody
+        self.everybody, self.helpers = batch.ranks.parts, batch.ranks.helpers
         with torch.enable_grad():
             self._u = torch.zeros_like(self._output, requires_grad=True)
             w = torch.autograd.grad(self._output, self._list, self._u, create_graph=True, materialize_grads=True)
@@ -108,17 +109,22 @@ class MatrixFreeGGN(GGN):
     def __init__(self, operators: Sequence[BatchOperator], top: int, shares: Sequence[float] = (1.0,)) -> None:
         parameters = operators[0].parameters
         shapes, like = {name: p.shape for name, p in parameters.items()}, next(iter(parameters.values())).detach()
-        everybody = operators[0].everybody
+        everybody, helpers = operators[0].everybody, operators[0].helpers
         components = sum(map(int, everybody.numbers(sum(op.components for op in operators))))
         super().__init__(shapes, components, like, top)
         self._operators, self._shares, self._over = operators, shares, 1  # processes, once it is complete
         if top >= self.dim:
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
-        self._gradient = self._sum(lambda op: op.vjp(op.gradient))
+        self._known: tuple[Tensor, ...] = ()
+        self._gradient = helpers.first(self._sum(lambda op: op.vjp(op.gradient)), "gradient")
         pairs = eigenpairs(self._through, self.dim, top, like)
-        self._pairs = tuple(everybody.gather(t, "eigenpairs")[0] for t in pairs)  # one rank's signs for all
-        if everybody.size > 1:  # whatever needs messages, now
-            self._known = tuple(everybody.rows(t, "slopes and curvatures") for t in (self.slopes(), self.curvatures()))
+        for ranks in (everybody, helpers):  # one rank's signs for all
+            pairs = tuple(ranks.first(t, "eigenpairs") for t in pairs)
+        self._pairs = pairs
+        if everybody.size > 1 or helpers.size > 1:  # whatever needs messages, now
+            known = self.slopes(), self.curvatures()
+            known = tuple(everybody.rows(t, "slopes and curvatures") for t in known)
+            self._known = tuple(helpers.first(t, "slopes and curvatures") for t in known)
         self._over = everybody.size
 
     # ---------------------------------------------------------------- the network
@@ -181,13 +187,13 @@ class MatrixFreeGGN(GGN):
 
     def slopes(self, k: int | None = None) -> Tensor:
         """γ[n, d] = g_n · e_d = ∂L/∂F_n · (J e_d)_n, ``[N, k]``."""
-        if self._over > 1:
+        if self._known:
             return self._known[0][:, self._leading(k)]
         return self._along(k, lambda op, Je: (op.gradient * Je).flatten(1).sum(1))
 
     def curvatures(self, k: int | None = None) -> Tensor:
         """λ[n, d] = (J e_d)_n · H_n (J e_d)_n, ``[N, k]``."""
-        if self._over > 1:
+        if self._known:
             return self._known[1][:, self._leading(k)]
         return self._along(k, lambda op, Je: op.factor.coefficients(Je).square().sum(1))
 
