@@ -105,7 +105,7 @@ def digest(values: Iterable[Any]) -> int:
                 found.update(f"{part.dtype} {tuple(part.shape)}".encode())
                 if not part.is_meta:
                     flat = part.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
-                    found.update(flat.view(torch.uint8).numpy())
+                    found.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(value, np.ndarray) and value.dtype != object:
             found.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
         else:

@@ -41,7 +41,7 @@ class _Factor(NamedTuple):
     gradients: dict[str, Tensor]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """N; 0 where they have no rows."""
         return int(self.samples[-1]) + 1 if len(self.samples) else 0
 
@@ -178,7 +178,7 @@ class LowRankGGN(Quantity):
         """V of all samples, on every rank: whatever is asked of it later needs no message."""
         if ranks.size == 1 or isinstance(part, _Operators):
             return part
-        counts = [int(n) for n in ranks.numbers(part.count)]
+        counts = [int(n) for n in ranks.numbers(part.number)]
         samples = ranks.rows(part.samples + sum(counts[: ranks.rank]), "V")
         weights = None if part.weights is None else ranks.rows(part.weights, "V")
         rows, gradients = (
@@ -195,7 +195,7 @@ class LowRankGGN(Quantity):
             )
         roots = [share**0.5 for share in shares]
         rows = combine([part.rows for part in parts], roots, 0)
-        counts = [0, *(part.count for part in parts)]
+        counts = [0, *(part.number for part in parts)]
         samples = torch.cat([part.samples + sum(counts[: i + 1]) for i, part in enumerate(parts)])
         # share g_n = Σ_k √share w[k] · √share V[k]
         weights = [root * part.weights for root, part in zip(roots, parts, strict=True) if part.weights is not None]

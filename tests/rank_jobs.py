@@ -283,7 +283,7 @@ def same_rest(count: int) -> dict[str, Any]:
         "report": curvature(mlp(), CE, data, CouplingReport(), **group).coupling,
         "free": {"values": free.eigenvalues, "vectors": free.unit_vectors(), "gradient": free.gradient,
                  "slopes": free.slopes().abs(), "curvatures": free.curvatures(), "product": free @ free.gradient},
-        "cut": cut.diag_ggn_exact | cut.error, "passes": cut.passes, "mixed": mixed,
+        "cut": cut.diag_ggn_exact, "error": dict(cut.error), "passes": cut.passes, "mixed": mixed,
         "dropping": dropping.diag_ggn_exact, "loader": told(curvature(mlp(), CE, several, *quantities(), **group)),
     }  # fmt: skip
 

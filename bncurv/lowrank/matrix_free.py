@@ -117,14 +117,13 @@ class MatrixFreeGGN(GGN):
             raise ValueError(f"top={top} is not below the number of parameters {self.dim}; use top=None.")
         self._known: tuple[Tensor, ...] = ()
         self._gradient = helpers.first(self._sum(lambda op: op.vjp(op.gradient)), "gradient")
+        one = everybody if everybody.size > 1 else helpers  # one rank's signs for all
         pairs = eigenpairs(self._through, self.dim, top, like)
-        for ranks in (everybody, helpers):  # one rank's signs for all
-            pairs = tuple(ranks.first(t, "eigenpairs") for t in pairs)
-        self._pairs = pairs
+        self._pairs = one.first(pairs[0], "eigenpairs"), one.first(pairs[1], "eigenpairs")
         if everybody.size > 1 or helpers.size > 1:  # whatever needs messages, now
-            known = self.slopes(), self.curvatures()
-            known = tuple(everybody.rows(t, "slopes and curvatures") for t in known)
-            self._known = tuple(helpers.first(t, "slopes and curvatures") for t in known)
+            purpose = "slopes and curvatures"
+            here = [everybody.rows(t, purpose) for t in (self.slopes(), self.curvatures())]
+            self._known = tuple(helpers.first(t, purpose) for t in here)
         self._over = everybody.size
 
     # ---------------------------------------------------------------- the network
