@@ -133,6 +133,7 @@ class Passes:
         count = len(several[0])
         if not edges or not count:
             return [None] * len(edges)
+        self.ranks.everybody.listen()
         self.note(count)
         starts = outputs if isinstance(outputs, list) else [outputs]
         rows = vjp(starts, edges, several, self._singly)

@@ -2,7 +2,7 @@
 
 All messages of the package go through here, each preceded by an agreement of one number per rank: that nobody has
 failed, and that all are about to send as much. A rank that fails says so at the others' next agreement, so that all of
-them raise, and nobody waits for a message that does not come.
+them raise, and nobody waits for a message that does not come. Between passes they listen for it (``alarm.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from bncurv.alarm import Alarm
 
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
@@ -61,6 +63,7 @@ class Ranks:
         self.rank = 0 if alone else dist.get_rank(group)
         self.messages: dict[str, Messages] = everybody.messages if everybody else {}
         cuda = self.size > 1 and "nccl" in str(dist.get_backend(group))
+        self._alarm = Alarm()
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
     @property
@@ -193,7 +196,10 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        told = torch.stack(self._control([float(error is not None), float(about)]))
+        if error is not None:
+            self._alarm.ring()
+        told = torch.stack(self._control([float(error is not None), float(about), float(self._alarm.proposed)]))
+        self._alarm.agreed = int(told[0, 2])
         failed = [rank for rank, flag in enumerate(told[:, 0].tolist()) if flag]
         if failed:
             messages: list[Any] = [None] * self.size
@@ -206,6 +212,15 @@ class Ranks:
                 f"the ranks are about to send messages of different sizes ({told[:, 1].long().tolist()} numbers): "
                 "their models, parameters or quantities differ. All ranks must ask for the same."
             )
+
+    def listen(self) -> None:
+        """Between passes: raise if another rank has failed. Costs no message.
+
+        Raises:
+            RankFailure: which rank has failed, and why.
+        """
+        if self.size > 1 and self._alarm.rings():
+            self.agree(None)  # the next message of a rank that has failed is this one
 
     @contextmanager
     def together(self) -> Iterator[None]:

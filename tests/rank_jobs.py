@@ -36,6 +36,7 @@ from bncurv import (
     extend,
 )
 from bncurv.costs import Costs
+from bncurv.passes import Passes
 from bncurv.ranks import Ranks
 
 CE = nn.CrossEntropyLoss()
@@ -293,8 +294,9 @@ def not_same(shards: tuple[int, ...]) -> dict[str, Any]:
     group = {"process_group": dist.group.WORLD}
     other, late = mlp(), [batch(6), batch(6, seed=2 + dist.get_rank())]
     other[3].bias.data += dist.get_rank()
+    weighted = nn.CrossEntropyLoss(weight=1.0 + dist.get_rank() * torch.ones(3)).double().to(DEVICE)
     means = told(curvature(mlp(), CE, mine(shards), *quantities(), **group))
-    calls = {"parameters": (other, CE, batch(6)), "late": (mlp(), CE, late)}
+    calls = {"parameters": (other, CE, batch(6)), "loss": (mlp(), weighted, batch(6)), "late": (mlp(), CE, late)}
     calls["dropout"] = (dropped(dist.get_rank()), CE, batch(6))  # last: it sets the seed
     said = {key: raised(partial(curvature, *args, DiagGGNExact(), **group)) for key, args in calls.items()}
     return {"told": means, **said}
@@ -311,6 +313,23 @@ class Refusing(DiagGGNExact):
 
 def same_failure(method: str) -> str:
     return raised(lambda: curvature(mlp(), CE, batch(6), Refusing(), method=method, process_group=dist.group.WORLD))
+
+
+def same_failure_early() -> dict[str, Any]:
+    """Rank 1 fails at its first rows; rank 0, whose passes are slow, would be long without a message."""
+    done, vjp = [0], Passes.vjp
+
+    def slow(self: Passes, *args: Any, **options: Any) -> Any:
+        done[0] += 1
+        time.sleep(0.05)
+        return vjp(self, *args, **options)
+
+    Passes.vjp = slow  # type: ignore[method-assign]
+    try:
+        options = {"method": "dense", "chunk_size": 1, "process_group": dist.group.WORLD}
+        return {"said": raised(partial(curvature, mlp(), CE, batch(80), Refusing(), **options)), "passes": done[0]}
+    finally:
+        Passes.vjp = vjp  # type: ignore[method-assign]
 
 
 def raised(call: Callable[[], Any]) -> str:

@@ -75,6 +75,7 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "same, rest": (jobs.same_rest, (6,), {}),
     "not same": (jobs.not_same, (UNEVEN,), {}),
     **{f"same, failure {method}": (jobs.same_failure, (method,), {}) for method in WAYS},
+    "same, early failure": (jobs.same_failure_early, (), {}),
 }
 OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
     "coupled": (jobs.exact, ("cnn", FOUR, "coupled"), {}),
@@ -83,6 +84,7 @@ OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
     "pairs truncated": (jobs.truncated, (FOUR, 0.3, True), {}),
     "same cnn 3 coupled": (jobs.same, ("cnn", 3, "coupled"), {"chunk_size": 1}),
     "same mlp 10 dense": (jobs.same, ("mlp", 10, "dense"), {}),
+    "same, rest": (jobs.same_rest, (3,), {}),
 }
 
 
@@ -387,18 +389,32 @@ def test_same_batch(name, two):
     assert_divided(name, two[name])
 
 
-@pytest.mark.parametrize("name", [name for name in OF_FOUR if name.startswith("same")])
+@pytest.mark.parametrize("name", [name for name in OF_FOUR if name.startswith(("same mlp", "same cnn"))])
 def test_same_batch_on_four_ranks(name, four):
     assert_divided(name, four[name])
 
 
 def test_same_batch_otherwise(two):
+    assert_divided_otherwise(two["same, rest"], 6)
+    samples = [part["loader"]["samples"].tolist() for part in two["same, rest"]]
+    assert samples == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+
+
+def test_same_batch_otherwise_on_four_ranks(four):
+    """One of them without a sample."""
+    assert_divided_otherwise(four["same, rest"], 3)
+
+
+def assert_divided_otherwise(found: list[dict[str, Any]], count: int) -> None:
     """Report, truncation, matrix-free, a generator's draws, dropout of one seed, mini-batches."""
-    data, found = jobs.batch(6), two["same, rest"]
+    data = jobs.batch(count)
     res = curvature(jobs.mlp(), jobs.CE, data, CouplingReport(), LowRankGGN(top=3, matrix_free=True))
     cut = curvature(jobs.mlp(), jobs.CE, data, DiagGGNExact(), tol=0.3, method="coupled")
     dropping = curvature(jobs.dropped(4), jobs.CE, data, DiagGGNExact()).diag_ggn_exact
-    loader = curvature(jobs.mlp(), jobs.CE, [jobs.batch(6, 1), jobs.batch(6, 2)], *jobs.quantities())
+    loader = curvature(jobs.mlp(), jobs.CE, [jobs.batch(count, 1), jobs.batch(count, 2)], *jobs.quantities())
+    seed = int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(5)))  # of rank 0's generator
+    drawn = DiagGGNMC(5, generator=torch.Generator().manual_seed(seed))
+    mixed = curvature(jobs.mlp(), jobs.CE, data, drawn).diag_ggn_mc
     free = {"values": res.ggn.eigenvalues, "vectors": res.ggn.unit_vectors(), "gradient": res.ggn.gradient,
             "slopes": res.ggn.slopes().abs(), "curvatures": res.ggn.curvatures(),
             "product": res.ggn @ res.ggn.gradient}  # fmt: skip
@@ -415,9 +431,9 @@ def test_same_batch_otherwise(two):
         assert part["error"] == pytest.approx(cut.error, rel=1e-8)
         for n, t in dropping.items():
             assert_close(part["dropping"][n], t, 1e-12)
-        assert all(torch.equal(t, found[0]["mixed"][n]) for n, t in part["mixed"].items())
-    assert [part["loader"]["samples"].tolist() for part in found] == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
-    for part in found:
+        for n, t in mixed.items():
+            assert_close(part["mixed"][n], t, 1e-12)
+            assert torch.equal(part["mixed"][n], found[0]["mixed"][n])
         for n, t in loader.diag_ggn_exact.items():
             assert_close(part["loader"]["diag_ggn_exact"][n], t, 1e-12)
             rows = loader.grad_component[n][part["loader"]["samples"]]
@@ -430,6 +446,7 @@ def test_other_batches(two):
     assert_same([part["told"] for part in two["not same"]], alone("mlp", UNEVEN, groups=UNEVEN), UNEVEN)
     for part in two["not same"]:
         assert "parameter '3.bias' is not the same on all 2 ranks" in part["parameters"]
+        assert "'weight' of the loss is not the same on all 2 ranks" in part["loss"]
         assert "mini-batch 2 is not the same on all 2 ranks" in part["late"]
         assert "the model's output is not (rank 1, sample(s) [" in part["dropout"]
 
@@ -439,6 +456,14 @@ def test_same_batch_when_a_rank_fails(method, two):
     other, failed = two[f"same, failure {method}"]
     assert failed == "ValueError: no more rows"
     assert other == "RankFailure: rank 1 of 2 failed: ValueError: no more rows"
+
+
+def test_a_failure_is_heard_between_passes(two):
+    """Not only at the next message, which here would be after all 80 passes of a rank."""
+    other, failed = two["same, early failure"]
+    assert failed["said"] == "ValueError: no more rows"
+    assert other["said"] == "RankFailure: rank 1 of 2 failed: ValueError: no more rows"
+    assert other["passes"] < 60
 
 
 # ---------------------------------------------------------------------------- messages
