@@ -54,7 +54,8 @@ class Results:
 
     Attributes:
         fields: field name → {parameter name → tensor}.
-        method: the way taken, ``"coupled"`` or ``"dense"`` (of the last mini-batch).
+        method: the way taken, ``"coupled"`` or ``"dense"`` (of the last mini-batch); ``"sampled"`` where all that was
+            asked is an estimate that went neither.
         passes: backward passes of a whole batch that it took, over all mini-batches; over several ranks this one's.
         batches: number of mini-batches.
         error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all

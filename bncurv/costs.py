@@ -6,6 +6,8 @@ cores (float32): elementwise work per entry, the fixed cost of one call into the
 
 from __future__ import annotations
 
+from copy import copy
+
 from bncurv.budget import CHUNK_BYTES, DIRECTION_BYTES, ROW_BYTES, WIDEST_BYTES
 from bncurv.graph import Trace
 from bncurv.marks import Call
@@ -79,12 +81,21 @@ class Costs:
         count = self._fitting(sites, rows=True)
         return count if count >= WORTHWHILE else 1
 
-    def dense(self) -> float:
-        """All N·C columns through everything."""
-        count = self._total * self._columns
+    def of_columns(self, columns: int) -> Costs:
+        """The same for so many columns per sample, of which the squares are asked for."""
+        costs = copy(self)
+        costs._columns, costs._squares_do = columns, True
+        return costs
+
+    def whole(self, count: int) -> float:
+        """So many cotangents of the whole batch through everything."""
         rows = count * sum(p.numel() for p in self._wanted.values())
         calls = -(-count // self.dense_chunk()) * len(self._calls)
         return count * self._pass(ALL, self._structure.calls_in(ALL)) + ROW_ENTRY * rows + CALL * calls
+
+    def dense(self) -> float:
+        """All N·C columns."""
+        return self.whole(self._total * self._columns)
 
     def coupled(self, slow: list[str]) -> float:
         """C columns through everything, R directions through what is below, the rows of V and their correction."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Procedure(ABC):
         """Backward passes that it will take."""
 
     @abstractmethod
-    def pull(self, engine: Engine) -> Iterator[Rows]:
+    def pull(self, engine: Engine) -> Iterator[Any]:
         """Blocks for the quantity that asked for it."""
 
 
@@ -74,7 +75,8 @@ class Engine:
         squares: keys of the sources of which `Squares` are enough.
 
     Attributes:
-        way: ``"coupled"`` or ``"dense"``.
+        method: as given.
+        way: ``"coupled"``, ``"dense"``, or what a procedure calls its own.
         back: backward passes through the graph.
         slow: parameters without a product.
         error: with ``tol``, the estimated Frobenius norm of what was dropped from V, by parameter name.
@@ -101,7 +103,8 @@ class Engine:
         self._procedures = {key: s for key, s in sources.items() if isinstance(s, Procedure)}
         self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch | Procedure)}
         self._columns = sum(s.columns_per_sample for s in self._sources.values())
-        self._method, self._keep_own, self._squares, self._tol = method, keep_own, squares, tol
+        self._keep_own, self._squares, self._tol = keep_own, squares, tol
+        self.method, self._chunk_size, self._tick = method, chunk_size, tick
         self.structure = Structure(self.trace, self.wanted)
         uncentred = keep_own or tol  # these need the own part and the mean's directions as such
         centred = () if uncentred else self.structure.exclusive
@@ -121,6 +124,15 @@ class Engine:
         if self.way == "coupled":
             self.products.prepare_means()
 
+    def beside(self, batch: Batch, sources: Mapping[str, Source | WholeBatch], squares: Collection[str]) -> Engine:
+        """Another one at the same batch, for sources that turn out to be wanted."""
+        return Engine(batch, sources, self.method, self._chunk_size, self._tick, squares=squares)
+
+    def went(self, way: str, passes: int = 0) -> None:
+        """Note a procedure's way, where there are no other sources to have one, and passes it took beside this."""
+        self.way = self.way if self._columns else way
+        self.back.count += passes
+
     @property
     def passes(self) -> int:
         """Backward passes of the whole batch so far."""
@@ -138,20 +150,20 @@ class Engine:
         return causes
 
     def _choose(self) -> str:
-        if self._method == "dense":
+        if self.method == "dense":
             return "dense"
         if self.slow and self._columns:
             self._warn(self.slow)
         if not self._columns:
             return "dense"
         everybody = self.ranks.everybody  # all take the same way, for they meet again in messages
-        cheaper = self._method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow)
+        cheaper = self.method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow)
         if everybody.all(cheaper) and not self._checks.offset():
             return "dense"
         problem = self._checks.mixing()
         if everybody.any(problem is not None) and not problem:
             problem = "another rank finds the samples of its batch mixed other than by a known coupled layer."
-        if problem and self._method == "coupled":
+        if problem and self.method == "coupled":
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
@@ -185,7 +197,7 @@ class Engine:
         return whole + self._columns + self._directions + (self.shard.total * self._columns if self.slow else 0)
 
     # ---------------------------------------------------------------- the two ways
-    def _pull_whole(self, cotangents: Tensor) -> dict[str, Tensor]:
+    def pull_whole(self, cotangents: Tensor) -> dict[str, Tensor]:
         """`pull_rows` of cotangents that are divided over the ranks where all have the same batch."""
         helpers, count = self.ranks.helpers, len(cotangents)
         rows = self.pull_rows(cotangents[helpers.share(count)], list(self.wanted))
@@ -203,11 +215,11 @@ class Engine:
         """All rows of V of all sources, in blocks, each with its source's key."""
         for key, whole in self._whole.items():
             for q in chunks(len(whole.cotangents), self.costs.dense_chunk() * self.shard.helpers):
-                for name, values in self._pull_whole(whole.cotangents[q]).items():
+                for name, values in self.pull_whole(whole.cotangents[q]).items():
                     yield key, Rows(name, values[None], slice(0, 1), q)
         for key, procedure in self._procedures.items():
-            for rows in procedure.pull(self):
-                yield key, rows
+            for block in procedure.pull(self):
+                yield key, block
         if not self._sources:
             return
         coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self.slow]
@@ -221,7 +233,7 @@ class Engine:
     def _group(self, names: list[str]) -> Generator[tuple[str, Rows | Squares], None, list[str]]:
         """The coupled way for some parameters; gives back those that must go the other."""
         directions = self._pull_directions(list(self._sources.values()), names)
-        wrong = self._checks.disagreeing(names, directions, self.error, self._method)
+        wrong = self._checks.disagreeing(names, directions, self.error, self.method)
         wrong = self.ranks.everybody.union(wrong, names)
         names = [name for name in names if name not in wrong]
         for key, source in self._sources.items() if names else ():

@@ -101,6 +101,10 @@ class Products:
         one = self._one_row(j, role)
         return 0 if one is None else one.numel() * one.element_size()
 
+    def piece(self, j: int, role: str) -> int:
+        """So many input rows' operands that are not kept are made at once: they stay in cache."""
+        return max(1, ROW_BYTES // max(1, self._size(j, role)))
+
     def _centred_ones(self, j: int, role: str) -> bool:
         """Whether an operand is zero: a bias's ones, less their mean."""
         return j in self.centred and self._one_row(j, role) is None
@@ -135,8 +139,8 @@ class Products:
     def mean(self, j: int, role: str) -> Tensor:
         """Batch mean of a right operand, ``[g, 1, 1, i]``."""
         if (j, role) not in self._means:
-            call, piece = self._trace.sites[j].call, max(1, ROW_BYTES // max(1, self._size(j, role)))
-            parts = (call.right(role, n) for n in chunks(call.rows, piece))
+            call = self._trace.sites[j].call
+            parts = (call.right(role, n) for n in chunks(call.rows, self.piece(j, role)))
             sums, count = [], 0
             for x in parts:
                 assert x is not None  # of ones there is no mean
@@ -232,8 +236,7 @@ class Products:
         whole = call.span(n, self.samples)
         if whole.start == whole.stop:
             return delta.new_zeros(n.stop - n.start, len(delta), *shape)
-        # operands that are not kept are made piece by piece, in cache
-        piece = whole.stop if self._keep(j, role) else max(1, ROW_BYTES // max(1, self._size(j, role)))
+        piece = whole.stop if self._keep(j, role) else self.piece(j, role)
         parts = []
         for some in chunks(whole.stop - whole.start, piece):
             rows = slice(whole.start + some.start, whole.start + some.stop)

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy.special import chdtri
+from torch import Tensor
 
-from bncurv.blocks import Batch, Rows, Source, WholeBatch
+from bncurv.blocks import Batch, Rows, Source, Squares, WholeBatch
+from bncurv.deflation import Deflated, Goal, Tail
 from bncurv.factor import Factor
 from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, combine, zeros
 from bncurv.ranks import Ranks
@@ -69,60 +73,154 @@ class _Sampled(Quantity):
 
     def draw(self, batch: Batch) -> Factor:
         """M random columns per sample."""
-        generator, everybody = self.generator or batch.generator, batch.ranks.everybody
+        return batch.loss.sample(self.mc_samples, self.kind, self._random(batch))
+
+    def _random(self, batch: Batch) -> torch.Generator | None:
+        everybody = batch.ranks.everybody
         if self.generator and everybody.size > 1:  # the same seed on all ranks must not give the same draws
-            generator = _seeded(self.generator, self.generator.device, everybody.rank)
-            generator = batch.ranks.helpers.alike(generator)  # draws of the same batch are divided
-        return batch.loss.sample(self.mc_samples, self.kind, generator)
+            seeded = _seeded(self.generator, self.generator.device, everybody.rank)
+            return batch.ranks.helpers.alike(seeded)  # draws of the same batch are divided
+        return self.generator or batch.generator
+
+
+class Estimate(NamedTuple):
+    """An estimate by parameter name, the random part of it, and the variance (of a single draw none)."""
+
+    mean: Result
+    random: Result
+    variance: Result
 
 
 class DiagGGNMC(_Sampled):
-    """Monte-Carlo diagonal ``diag_ggn_mc [*p]``, unbiased with batch coupling, M backward passes for any N.
+    """Estimate ``diag_ggn_mc [*p]`` of the GGN's diagonal, unbiased with batch coupling, in backward passes of any N.
 
-    Each draw is one column for the whole batch, t_m = Σ_n s̃_{m,n}; the estimate is mean_m (Jᵀ t_m)². With
-    ``mc_samples > 1`` the field ``diag_ggn_mc_stderr`` holds its standard error per entry.
+    ``mc_samples=M``: M whole-batch draws t_m = Σ_n s̃_{m,n}, the estimate is mean_m (Jᵀ t_m)²: M passes, relative error
+    about √(2/M) of an entry. For M > 1 the field ``diag_ggn_mc_stderr`` holds the standard error of each entry as seen
+    from the draws. The entries are skewed: an interval of so many standard errors to either side covers less than it
+    would for a normal distribution.
+
+    ``passes=B`` or ``rtol=ε``: directions that make up most of the diagonal are taken exactly, found from C passes,
+    and the rest is random (``deflation.py``): the best of B passes; or as many as it takes until the estimated relative
+    error of every parameter's trace (at ``confidence``) and diagonal (in the Euclidean norm) is at most ε. Where the
+    exact diagonal is no dearer, it is taken, and ``Results.method`` is the way it went; else ``"sampled"``. The fields
+    ``diag_ggn_mc_lower`` and ``diag_ggn_mc_upper`` are limits within which the true entry lies with probability
+    ``confidence``, each entry by itself; equal to the value where it is exact.
+
+    Args:
+        mc_samples: number of draws M; default 1.
+        kind: of these draws, ``"rademacher"`` or ``"labels"``.
+        generator: source of randomness, on any device; default: one seeded by a draw of torch's global random state.
+        passes: most backward passes of a mini-batch, B.
+        rtol: relative error ε of a mini-batch.
+        confidence: of the limits and of the goal.
+
+    Raises:
+        ValueError: for more than one of ``mc_samples``, ``passes`` and ``rtol``, or values without meaning.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> res = bncurv.curvature(model, torch.nn.CrossEntropyLoss(), (X, y), bncurv.DiagGGNMC(rtol=0.05))
+        >>> bool((res.diag_ggn_mc_lower["0.weight"] <= res.diag_ggn_mc_upper["0.weight"]).all())
+        True
     """
 
     field = "diag_ggn_mc"
 
-    def sources(self, batch: Batch) -> dict[str, Source | WholeBatch]:
-        """Whole-batch columns."""
+    def __init__(
+        self,
+        mc_samples: int | None = None,
+        kind: str = "rademacher",
+        generator: torch.Generator | None = None,
+        *,
+        passes: int | None = None,
+        rtol: float | None = None,
+        confidence: float = 0.95,
+    ) -> None:
+        given = {"mc_samples": mc_samples, "passes": passes, "rtol": rtol}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"DiagGGNMC was given {' and '.join(given)}; expected one of mc_samples, passes and rtol.")
+        super().__init__(1 if mc_samples is None else mc_samples, kind, generator)
+        if passes is not None and (not isinstance(passes, int) or passes < 1):
+            raise ValueError(f"passes={passes!r}; expected a positive integer.")
+        if rtol is not None and not 0 < rtol < 1:
+            raise ValueError(f"rtol={rtol!r}; expected a relative error between 0 and 1.")
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence!r}; expected a probability between 0 and 1.")
+        deflated = passes is not None or rtol is not None
+        if deflated and kind != "rademacher":
+            raise ValueError(f"kind={kind!r} goes with mc_samples=M; passes=B and rtol=ε draw Gaussian columns.")
+        self.goal = Goal(passes, rtol, confidence) if deflated else None
+
+    def sources(self, batch: Batch) -> dict[str, Any]:
+        """Whole-batch columns; or a way of its own."""
+        if self.goal:
+            return {f"deflated {id(self)}": Deflated(batch, self.goal, self._random(batch))}
         return {f"mixed {id(self)}": WholeBatch(self.draw(batch).columns(slice(None)))}
 
-    def start(self, batch: Batch) -> tuple[Result, Result]:
-        """Sums of squares and of fourth powers."""
-        return zeros(batch.parameters), zeros(batch.parameters)
+    def start(self, batch: Batch) -> Estimate:
+        """Sums; without a goal of squares and of fourth powers."""
+        return Estimate(zeros(batch.parameters), zeros(batch.parameters), zeros(batch.parameters))
 
-    def add(self, state: tuple[Result, Result], key: str, rows: Rows) -> None:
-        """(Jᵀ t_m)²."""
-        squares = rows.values[0].square()
-        state[0][rows.name] += squares.sum(0)
-        state[1][rows.name] += squares.square_().sum(0)
+    def add(self, state: Estimate, key: str, rows: Rows | Squares | Tail) -> None:
+        """(Jᵀ t_m)²; what is exact, and the mean T of what is random, Var[T] = 2 T²/M."""
+        if isinstance(rows, Tail):
+            state.random[rows.name].copy_(rows.values)
+            state.mean[rows.name] += rows.values
+            state.variance[rows.name] += rows.values.square() * (2 / rows.draws)
+        elif isinstance(rows, Squares):
+            state.mean[rows.name] += rows.values
+        else:
+            squares = rows.values[0].square()
+            state.mean[rows.name] += squares.sum(0)
+            state.variance[rows.name] += squares.square_().sum(0)
 
-    def finish(self, state: tuple[Result, Result]) -> tuple[Result, Result]:
+    def finish(self, state: Estimate) -> Estimate:
         """Mean, and variance of the mean (none for a single draw)."""
+        if self.goal:
+            return state
         m = self.mc_samples
-        mean = {name: s / m for name, s in state[0].items()}
+        mean = {name: s / m for name, s in state.mean.items()}
         if m == 1:
-            return mean, {}
-        return mean, {name: (s / m - mean[name] ** 2).clamp(min=0) / (m - 1) for name, s in state[1].items()}
+            return Estimate(mean, {}, {})
+        spread = {name: (s / m - mean[name] ** 2).clamp(min=0) for name, s in state.variance.items()}
+        return Estimate(mean, {}, {name: s / (m - 1) for name, s in spread.items()})
 
-    def reduce(self, part: tuple[Result, Result], ranks: Ranks, sharing: int) -> tuple[Result, Result]:
+    def reduce(self, part: Estimate, ranks: Ranks, sharing: int) -> Estimate:
         """Estimates of the groups that share batch statistics add up, and so do their independent variances."""
-        mean, variance = (ranks.sums(one, "results") for one in part)
-        return tuple({name: t / sharing for name, t in one.items()} for one in (mean, variance))  # type: ignore
+        if ranks.size == 1:
+            return part
+        return Estimate(*({n: t / sharing for n, t in ranks.sums(one, "results").items()} for one in part))
 
-    def merge(self, parts: Sequence[tuple[Result, Result]], shares: Sequence[float]) -> tuple[Result, Result]:
+    def merge(self, parts: Sequence[Estimate], shares: Sequence[float]) -> Estimate:
         """Means add up, and so do the variances of independent draws."""
-        means, variances = zip(*parts, strict=True)
-        return combine(means, shares), combine(variances, [share**2 for share in shares])
+        means, randoms, variances = zip(*parts, strict=True)
+        squares = [share**2 for share in shares]
+        return Estimate(combine(means, shares), combine(randoms, shares), combine(variances, squares))
 
-    def fields(self, part: tuple[Result, Result]) -> dict[str, Any]:
-        """Estimate and, for more than one draw, its standard error."""
-        mean, variance = part
-        if self.mc_samples == 1:
-            return {self.field: mean}
-        return {self.field: mean, f"{self.field}_stderr": {name: v.sqrt() for name, v in variance.items()}}
+    def fields(self, part: Estimate) -> dict[str, Any]:
+        """Estimate and its limits; or, for more than one draw, its standard error."""
+        found = {self.field: part.mean}
+        if self.goal:
+            limits = {name: self._limits(name, part, self.goal.confidence) for name in part.mean}
+            for i, which in enumerate(("lower", "upper")):
+                found[f"{self.field}_{which}"] = {name: ends[i] for name, ends in limits.items()}
+        elif self.mc_samples > 1:
+            found[f"{self.field}_stderr"] = {name: v.sqrt() for name, v in part.variance.items()}
+        return found
+
+    @staticmethod
+    def _limits(name: str, part: Estimate, confidence: float) -> tuple[Tensor, Tensor]:
+        """From ν T/t ~ χ²_ν, with ν = 2 T²/Var[T] also for a sum of several (Welch-Satterthwaite)."""
+        mean, T, variance = (one[name] for one in part)
+        freedom = torch.where(variance > 0, 2 * T.square() / variance, 1.0).clamp(1)
+        below, several = freedom.long(), np.arange(1, int(freedom.max()) + 2)
+        beyond = (1 - confidence) / 2, (1 + confidence) / 2
+        ratios = [torch.from_numpy(several / chdtri(several, p)).to(T) for p in beyond]  # t/T at the limits, by ν
+        lower, upper = (torch.lerp(ratio[below - 1], ratio[below], freedom - below) for ratio in ratios)
+        return mean + T * (lower - 1), mean + T * (upper - 1)
 
 
 class _PerComponentSampled(_Sampled):
