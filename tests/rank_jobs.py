@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from backpack import backpack
+from pytest import MonkeyPatch
 from state import unchanged
 from torch import Tensor, nn
 
@@ -36,8 +37,10 @@ from bncurv import (
     extend,
 )
 from bncurv.costs import Costs
+from bncurv.deflation import Deflated
 from bncurv.passes import Passes
 from bncurv.ranks import Ranks
+from bncurv.sketch import Basis
 
 CE = nn.CrossEntropyLoss()
 DEVICE = torch.device("cpu")  # of models and data; of a process under NCCL its own GPU (`run`)
@@ -202,6 +205,29 @@ def monte_carlo(shards: tuple[int, ...], seed: int | None) -> dict[str, Any]:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     quantity = DiagGGNMC(mc_samples=3000, generator=generator)
     return told(curvature(synced(mlp()), CE, mine(shards), quantity))
+
+
+def deflated(shards: tuple[int, ...], statistics: str, goal: dict[str, Any]) -> dict[str, Any]:
+    """Draws that are every column once, times √M: their mean square is the expectation, whatever the basis."""
+    exact, M, made = 3, 60, [0]
+
+    def every(self: Deflated, count: int) -> Tensor:
+        shard, c = self._batch.shard, self._closed
+        own = slice(shard.first * c, (shard.first + len(self._batch.output)) * c)
+        made[0] += count
+        every = torch.eye(M, dtype=torch.float64, device=DEVICE)
+        return M**0.5 * every[made[0] - count : made[0], own]
+
+    with MonkeyPatch.context() as patch:
+        patch.setattr(Deflated, "_normal", every)
+        patch.setattr(Deflated, "_price", lambda *_: float("inf"))
+        patch.setattr(Basis, "best", lambda self, passes, fewest: exact)
+        patch.setattr(Basis, "cheapest", lambda self, scale, fewest, known: (exact, float(M)))
+        patch.setattr("bncurv.deflation._Estimate.error", lambda self, _: float(self.draws < M))
+        if statistics == "same":
+            return told(curvature(mlp(), CE, batch(12), DiagGGNMC(**goal), process_group=dist.group.WORLD))
+        model = nn.parallel.DistributedDataParallel(mlp()) if statistics == "own" else synced(mlp())
+        return told(curvature(model, CE, mine(shards), DiagGGNMC(**goal)))
 
 
 def truncated(shards: tuple[int, ...], tol: float, in_pairs: bool = False) -> dict[str, Any]:

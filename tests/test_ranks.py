@@ -48,6 +48,7 @@ FAILURES = {
     "quantities": "different sizes",
     "loader": "rank(s) [1] have no mini-batch left while others have",
 }
+STATISTICS = "shared", "own", "same"
 TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "loader": (jobs.loader, (UNEVEN,), {}),
     "ghost coupled": (jobs.ghost, (UNEVEN, "coupled"), {}),
@@ -56,6 +57,8 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "mixed on one, shared": (jobs.mixed_on_one, (UNEVEN, True), {}),
     "mixed on one, own": (jobs.mixed_on_one, (UNEVEN, False), {}),
     "monte carlo": (jobs.monte_carlo, (UNEVEN, None), {}),
+    **{f"deflated {kind}": (jobs.deflated, (UNEVEN, kind, {"passes": 2 + 3 + 60}), {}) for kind in STATISTICS},
+    **{f"deflated {kind}, rtol": (jobs.deflated, (UNEVEN, kind, {"rtol": 0.5}), {}) for kind in STATISTICS},
     "monte carlo, generator": (jobs.monte_carlo, (UNEVEN, 5), {}),
     "truncated 0.3": (jobs.truncated, (UNEVEN, 0.3), {}),
     "messages": (jobs.messages, (UNEVEN,), {}),
@@ -241,6 +244,20 @@ def test_monte_carlo(name, two):
     one = alone("mlp", UNEVEN, DiagGGNMC(mc_samples=3000)).diag_ggn_mc_stderr
     for n, t in two[name][0]["diag_ggn_mc_stderr"].items():
         torch.testing.assert_close(t, one[n], rtol=0.25, atol=1e-4)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("goal", ["", ", rtol"])
+def test_deflated_estimates(goal, statistics, two):
+    """Exact and random parts are of all ranks' columns; of each rank's own; or divided."""
+    shards, groups = (12,) if statistics == "same" else UNEVEN, UNEVEN if statistics == "own" else ()
+    exact = alone("mlp", shards, DiagGGNExact(), groups=groups).diag_ggn_exact
+    found = two[f"deflated {statistics}{goal}"]
+    assert {part["method"] for part in found} == {"sampled"}
+    assert [part["passes"] for part in found] == ([2 + 2 + 30, 2 + 1 + 30] if statistics == "same" else [2 + 3 + 60] * 2)
+    for name, t in ((name.removeprefix("model."), t) for name, t in exact.items()):
+        assert_close(found[0]["diag_ggn_mc"][name], t, 1e-12)
+        assert torch.equal(found[0]["diag_ggn_mc"][name], found[1]["diag_ggn_mc"][name])
 
 
 def test_truncation(two):
