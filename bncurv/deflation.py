@@ -119,7 +119,7 @@ class Deflated(Procedure):
     def _normal(self, count: int) -> Tensor:
         """Gaussian w, ``[count, k]``."""
         like = self._batch.output
-        size = len(self._whole) if self._whole is not None else self._len(like) * self._closed
+        size = len(self._whole) if self._whole is not None else len(like) * self._closed
         where = source_of(self._generator, like)
         return torch.randn(count, size, generator=self._generator, dtype=like.dtype, device=where).to(like.device)
 

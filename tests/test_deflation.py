@@ -139,7 +139,7 @@ def test_limits_cover(batches, confidence):
     data = list(zip(X.chunk(batches), y.chunk(batches), strict=True))
     want = curvature(model, CE, data, DiagGGNExact()).diag_ggn_exact
     inside = []
-    for seed in range(60):
+    for seed in range(30):
         torch.manual_seed(seed)
         quantity = DiagGGNMC(passes=2 + 13, confidence=confidence)
         res = curvature(model, CE, data, quantity, method="dense")

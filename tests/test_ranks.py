@@ -254,7 +254,8 @@ def test_deflated_estimates(goal, statistics, two):
     exact = alone("mlp", shards, DiagGGNExact(), groups=groups).diag_ggn_exact
     found = two[f"deflated {statistics}{goal}"]
     assert {part["method"] for part in found} == {"sampled"}
-    assert [part["passes"] for part in found] == ([2 + 2 + 30, 2 + 1 + 30] if statistics == "same" else [2 + 3 + 60] * 2)
+    passes = [2 + 2 + 30, 2 + 1 + 30] if statistics == "same" else [2 + 3 + 60] * 2
+    assert [part["passes"] for part in found] == passes
     for name, t in ((name.removeprefix("model."), t) for name, t in exact.items()):
         assert_close(found[0]["diag_ggn_mc"][name], t, 1e-12)
         assert torch.equal(found[0]["diag_ggn_mc"][name], found[1]["diag_ggn_mc"][name])
