@@ -139,6 +139,7 @@ def told(res: Any) -> dict[str, Any]:
         ggn = res.ggn
         flat = torch.linspace(-1, 1, ggn.dim, dtype=torch.float64, device=ggn.device)
         found |= {"eigenvalues": ggn.eigenvalues, "product": ggn @ flat, "solved": ggn.solve(flat, 0.1)}
+        found |= {"gradient": ggn.gradient, "curvatures": ggn.curvatures(1)}
     return found
 
 
@@ -294,7 +295,8 @@ def same(net: str, count: int, method: str, **options: Any) -> dict[str, Any]:
     torch.manual_seed(3 + dist.get_rank())
     found = told(curvature(model, CE, batch(count), *everything(), **where))
     one = curvature(model, CE, batch(count), DiagGGNExact(), **where)
-    return found | {"passes": one.passes, "messages": dict(one.messages)}
+    influence = curvature(model, CE, batch(count), InfluenceGrad(), **where).passes
+    return found | {"passes": one.passes, "messages": dict(one.messages), "influence": influence}
 
 
 def same_rest(count: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
     **{f"pairs {method}": (jobs.pairs, (FOUR, method), {}) for method in (*WAYS, "auto")},
     "pairs truncated": (jobs.truncated, (FOUR, 0.3, True), {}),
     "same cnn 3 coupled": (jobs.same, ("cnn", 3, "coupled"), {"chunk_size": 1}),
-    "same mlp 10 dense": (jobs.same, ("mlp", 10, "dense"), {}),
+    "same mlp 3 dense": (jobs.same, ("mlp", 3, "dense"), {}),
     "same, rest": (jobs.same_rest, (3,), {}),
 }
 
@@ -160,7 +160,8 @@ def assert_same(found: list[dict[str, Any]], want: Any, shards: tuple[int, ...],
     for name, t in want.grad_component.items():
         assert_close(torch.cat([part["grad_component"][name.removeprefix("model.")] for part in found]), t, tolerance)
     flat = torch.linspace(-1, 1, want.ggn.dim, dtype=torch.float64)
-    wanted = {"eigenvalues": want.ggn.eigenvalues, "product": want.ggn @ flat, "solved": want.ggn.solve(flat, 0.1)}
+    wanted = {"gradient": want.ggn.gradient, "curvatures": want.ggn.curvatures(1)}
+    wanted |= {"eigenvalues": want.ggn.eigenvalues, "product": want.ggn @ flat, "solved": want.ggn.solve(flat, 0.1)}
     for key, t in wanted.items():
         assert_close(found[0][key], t, tolerance)
         assert all(torch.equal(part[key], found[0][key]) for part in found)
@@ -394,12 +395,14 @@ def assert_divided(name: str, found: list[dict[str, Any]]) -> None:
     C, W = 2, len(found)
     shares = [len(part["samples"]) for part in found]
     assert max(shares) - min(shares) <= 1
-    alone = curvature(jobs.NETS[net](), jobs.CE, jobs.batch(count), DiagGGNExact(), method=way, **options).passes
+    alone, influence = (curvature(model, jobs.CE, jobs.batch(count), q, method=way, **options).passes
+                        for q in (DiagGGNExact(), InfluenceGrad()))  # fmt: skip
     width = 8 if net == "mlp" else 6  # of each BatchNorm with passes
     assert alone == (C * count if way == "dense" else C + (alone - C) // width * width)
     directions = [width // W + (rank < width % W) for rank in range(W)]
     for part, share, q in zip(found, shares, directions, strict=True):
         assert part["passes"] == (C * share if way == "dense" else C + (alone - C) // width * q)
+        assert part["influence"] == (share if influence == count else 1 + (influence - 1) // width * q)
 
 
 @pytest.mark.parametrize("name", [name for name in TWO if name.startswith(("same mlp", "same cnn"))])
