@@ -140,6 +140,7 @@ def told(res: Any) -> dict[str, Any]:
         flat = torch.linspace(-1, 1, ggn.dim, dtype=torch.float64, device=ggn.device)
         found |= {"eigenvalues": ggn.eigenvalues, "product": ggn @ flat, "solved": ggn.solve(flat, 0.1)}
         found |= {"gradient": ggn.gradient, "curvatures": ggn.curvatures(1)}
+        found["newton"] = torch.cat([t.flatten() for t in ggn.newton_step(0.1).values()])
     return found
 
 

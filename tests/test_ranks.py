@@ -160,7 +160,8 @@ def assert_same(found: list[dict[str, Any]], want: Any, shards: tuple[int, ...],
     for name, t in want.grad_component.items():
         assert_close(torch.cat([part["grad_component"][name.removeprefix("model.")] for part in found]), t, tolerance)
     flat = torch.linspace(-1, 1, want.ggn.dim, dtype=torch.float64)
-    wanted = {"gradient": want.ggn.gradient, "curvatures": want.ggn.curvatures(1)}
+    newton = torch.cat([t.flatten() for t in want.ggn.newton_step(0.1).values()])
+    wanted = {"gradient": want.ggn.gradient, "curvatures": want.ggn.curvatures(1), "newton": newton}
     wanted |= {"eigenvalues": want.ggn.eigenvalues, "product": want.ggn @ flat, "solved": want.ggn.solve(flat, 0.1)}
     for key, t in wanted.items():
         assert_close(found[0][key], t, tolerance)
