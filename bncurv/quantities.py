@@ -74,10 +74,13 @@ class Quantity(BackpropExtension):
         if batch.loss.whole is None:
             return batch.loss.factor
         if batch.ranks.everybody.size > 1:
-            raise ValueError(
-                f"{type(self).__name__}: {batch.loss.compares} Over several processes, each compares its own samples "
-                "only, and their Hessian's factor is not known to bncurv. Compute on one process."
+            why = (
+                "Its columns are not divided over processes: leave process_group out."
+                if batch.ranks.divides
+                else "Over several processes, each compares its own samples only, and their Hessian's factor is not "
+                "known to bncurv. Compute on one process."
             )
+            raise ValueError(f"{type(self).__name__}: {batch.loss.compares} {why}")
         if not self.squares_only:
             raise ValueError(f"{type(self).__name__} goes by samples, but {batch.loss.compares}")
         return WholeBatch(batch.loss.whole.columns)

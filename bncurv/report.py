@@ -92,9 +92,9 @@ class CouplingReport(Quantity):
         if ranks.size == 1:
             return part
         traces = torch.tensor([[c.own_trace, c.full_trace] for c in part.values()], dtype=torch.float64)
-        like = next(iter(part.values()))._AA
-        own, full = ranks.sum([traces.to(like.device)], "results")[0].T.tolist()
-        gram = ranks.sum([c._AA for c in part.values()], "results")
+        device = next((c._AA.device for c in part.values() if c.directions), traces.device)
+        own, full = ranks.sum([traces.to(device)], "results")[0].T.tolist()
+        gram = ranks.sum([c._AA.to(device) for c in part.values()], "results")
         return {
             layer: LayerCoupling(own[i], full[i], c.directions, gram[i], c._PP)
             for i, (layer, c) in enumerate(part.items())

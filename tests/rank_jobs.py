@@ -326,6 +326,7 @@ def not_same(shards: tuple[int, ...]) -> dict[str, Any]:
     weighted = nn.CrossEntropyLoss(weight=1.0 + dist.get_rank() * torch.ones(3)).double().to(DEVICE)
     means = told(curvature(mlp(), CE, mine(shards), *quantities(), **group))
     calls = {"parameters": (other, CE, batch(6)), "loss": (mlp(), weighted, batch(6)), "late": (mlp(), CE, late)}
+    calls["compares"] = (mlp(), lambda F, y: (F - F.mean(0)).square().mean(), batch(6))
     calls["dropout"] = (dropped(dist.get_rank()), CE, batch(6))  # last: it sets the seed
     said = {key: raised(partial(curvature, *args, DiagGGNExact(), **group)) for key, args in calls.items()}
     return {"told": means, **said}
@@ -356,7 +357,9 @@ def same_failure_early() -> dict[str, Any]:
     Passes.vjp = slow  # type: ignore[method-assign]
     try:
         options = {"method": "dense", "chunk_size": 1, "process_group": dist.group.WORLD}
-        return {"said": raised(partial(curvature, mlp(), CE, batch(80), Refusing(), **options)), "passes": done[0]}
+        with clock() as times:
+            said = raised(partial(curvature, mlp(), CE, batch(80), Refusing(), **options))
+        return {"said": said, "passes": done[0], "times": times}
     finally:
         Passes.vjp = vjp  # type: ignore[method-assign]
 

@@ -324,12 +324,17 @@ def test_all_ranks_raise_when_one_fails(kind, two):
     assert FAILURES[kind] in other["said"]
     if kind not in ("quantities", "loader"):  # there both notice
         assert other["said"].startswith("RankFailure: rank 1 of 2 failed: ")
-    if "failed" in failed["times"]:
-        print(f"the other rank raised {1e3 * (other['times']['ended'] - failed['times']['failed']):.0f} ms later")
+    print_delay(other, failed)
     for part in (other, failed):
         assert part["times"]["ended"] - part["times"]["began"] < 10
         for name, t in want.items():
             assert_close(part["again"]["diag_ggn_exact"][name], t, 1e-12)
+
+
+def print_delay(other: dict[str, Any], failed: dict[str, Any]) -> None:
+    """From the failure on one rank to the raise on the other."""
+    if "failed" in failed["times"]:
+        print(f"the other rank raised {1e3 * (other['times']['ended'] - failed['times']['failed']):.0f} ms later")
 
 
 def test_mixture_is_refused(two):
@@ -470,6 +475,7 @@ def test_other_batches(two):
         assert "parameter '3.bias' is not the same on all 2 ranks" in part["parameters"]
         assert "'weight' of the loss is not the same on all 2 ranks" in part["loss"]
         assert "mini-batch 2 is not the same on all 2 ranks" in part["late"]
+        assert "Its columns are not divided over processes: leave process_group out." in part["compares"]
         assert "the model's output is not (rank 1, sample(s) [" in part["dropout"]
 
 
@@ -486,6 +492,7 @@ def test_a_failure_is_heard_between_passes(two):
     assert failed["said"] == "ValueError: no more rows"
     assert other["said"] == "RankFailure: rank 1 of 2 failed: ValueError: no more rows"
     assert other["passes"] < 60
+    print_delay(other, failed)
 
 
 # ---------------------------------------------------------------------------- messages
