@@ -47,6 +47,7 @@ def compute(
     states = {q.field: q.start(batch) for q in quantities}
     grads = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in batch.parameters.items()}
     for key, rows in engine.pull():
+        batch.ranks.everybody.listen()
         for q in quantities:
             if key in asked[q.field]:
                 q.add(states[q.field], key, rows)
