@@ -5,7 +5,7 @@ The idea of the package is told at the head of ``gate.py`` and ``engine.py``. Im
 ``with backpack(...)`` call two functions of bncurv where a block begins and ends (``context.py``).
 """
 
-from bncurv.api import Results, curvature
+from bncurv.api import at, curvature
 from bncurv.context import watch_blocks
 from bncurv.extension import extend, unextend
 from bncurv.gate import register_coupled
@@ -14,6 +14,7 @@ from bncurv.layers import register_layer
 from bncurv.losses import register_loss
 from bncurv.lowrank import GGN, LowRank, MatrixFreeGGN
 from bncurv.lowrank_quantity import LowRankGGN
+from bncurv.point import Point
 from bncurv.quantities import (
     ComponentDiagGGNExact,
     ComponentGrad,
@@ -24,6 +25,7 @@ from bncurv.quantities import (
     SumComponentGradSquared,
 )
 from bncurv.report import CouplingReport
+from bncurv.results import Results
 from bncurv.sampling import ComponentDiagGGNMC, DiagGGNMC, SqrtGGNMC
 from bncurv.slow import SlowPathWarning
 
@@ -46,11 +48,13 @@ __all__ = [
     "LowRank",
     "LowRankGGN",
     "MatrixFreeGGN",
+    "Point",
     "Results",
     "SlowPathWarning",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumComponentGradSquared",
+    "at",
     "curvature",
     "extend",
     "register_coupled",

@@ -1,91 +1,23 @@
-"""`curvature`: exact curvature of an untouched model on a batch or a DataLoader, in one call."""
+"""`curvature`: exact curvature of an untouched model on a batch or a DataLoader, in one call; `at`: in several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from bncurv.batch import Merged, compute
-from bncurv.blocks import Batch
-from bncurv.checks import (
-    check_finite,
-    check_input,
-    check_modules,
-    check_options,
-    check_output,
-    check_own,
-    check_quantities,
-    dtype_of,
-)
-from bncurv.chosen import Choice, select_parameters
-from bncurv.division import Division
-from bncurv.graph import trace
-from bncurv.heads import as_one
-from bncurv.inputs import Forward, batches, output_and_target
-from bncurv.loss_at_batch import LossAtBatch
-from bncurv.losses import check_loss, name_of
-from bncurv.lowrank.recorded import readable
-from bncurv.marks import plain_tensor
-from bncurv.nested import moved, tensors
-from bncurv.placement import check_placement, device_of, values_needed
+from bncurv.call import Call, Options
+from bncurv.checks import check_quantities
+from bncurv.chosen import Choice
+from bncurv.inputs import Forward
+from bncurv.point import Point
 from bncurv.quantities import Quantity
-from bncurv.ranks import Messages, ranks_of
-from bncurv.record import Recorder
+from bncurv.ranks import ranks_of
+from bncurv.results import Results
 from bncurv.sampling import generator_of_call
-from bncurv.shares import Weights
-from bncurv.slow import kinds_of
-from bncurv.spread import Indices
-from bncurv.twins import Twins
 from bncurv.undo import Undo, without_trace
-from bncurv.untouched import leave_as_is
-
-
-@dataclass(frozen=True)
-class Results:
-    """What `curvature` returns: the quantities as attributes, each by its field name.
-
-    ``results.diag_ggn_exact["fc.weight"]`` is the field of `DiagGGNExact` for the parameter ``fc.weight``.
-
-    Attributes:
-        fields: field name → {parameter name → tensor}.
-        method: the way taken, ``"coupled"`` or ``"dense"`` (of the last mini-batch); ``"sampled"`` where all that was
-            asked is an estimate that went neither.
-        passes: backward passes of a whole batch that it took, over all mini-batches; over several ranks this one's.
-        batches: number of mini-batches.
-        error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all
-            columns of all mini-batches at their weights; empty where nothing was. A diagonal of the GGN with trace t is
-            off by at most ``2 √t error + error²`` in the sum of its entries.
-        samples: which samples the rows of per-component results are: all in order; over several ranks this rank's,
-            counted mini-batch by mini-batch and in each of them rank by rank.
-        messages: over several ranks, what was sent: purpose → number, and bytes of this rank's.
-    """
-
-    fields: Mapping[str, Any]
-    method: str
-    passes: int
-    batches: int = 1
-    error: Mapping[str, float] = field(default_factory=dict)
-    samples: Tensor | None = None
-    messages: Mapping[str, Messages] = field(default_factory=dict)
-
-    def __getattr__(self, name: str) -> Any:
-        fields = self.__dict__.get("fields", {})
-        if name in fields:
-            return fields[name]
-        raise AttributeError(f"these results hold {', '.join(sorted(fields))}; '{name}' was not asked for")
-
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self.fields]
-
-    def __repr__(self) -> str:
-        held = ", ".join(sorted(self.fields))
-        return f"Results({held}; method={self.method!r}, passes={self.passes}, batches={self.batches})"
 
 
 def curvature(
@@ -168,84 +100,70 @@ def curvature(
         torch.Size([3, 4])
     """
     ranks = ranks_of(model, process_group)
-    everybody = ranks.everybody
-    with everybody.together():
+    with ranks.everybody.together():
         check_quantities(quantities)
-        check_options(method, tol, chunk_size)
-        dtype = dtype_of(precision)
-        check_loss(loss_fn)
-        selected = select_parameters(model, params)
-        check_modules(model)
-        check_placement(model, selected)
+        options = Options(method, tol, chunk_size, progress)
+        call = Call(model, loss_fn, forward, params, precision, options, ranks)
 
         def run(undo: Undo) -> Results:
-            merged, weights, memo = Merged(quantities, name_of(loss_fn)), Weights(), dict[str, Any]()
-            passes, way, largest, indices = 0, "", 0, Indices(everybody)
-            bar = tqdm(disable=not progress, unit="pass", desc="backward passes", leave=False)
-            undo.note(bar.close)
-            leave_as_is(undo, model, *([loss_fn] if isinstance(loss_fn, nn.Module) else []))
-            twins = Twins(undo, dtype, model, loss_fn)
-            wanted, own = twins.of(selected), list(model.parameters())
-            recorder = Recorder(model, private=True, ranks=ranks)
-            undo.note(recorder.stop)
-            division = Division(ranks, model, loss_fn)
-            with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
-                generator = generator_of_call(quantities, next(iter(wanted.values())).device, everybody.rank)
-            for X, y in everybody.in_step(batches(data, forward)):
-                shared = division.of((X, y))
-                with torch.enable_grad(), twins.meeting(), values_needed(model), recorder:
-                    X, y = twins.data((X, y))
-                    output, of_output, y = _forward(model, twins.loss_fn, X, y, forward, wanted, largest)
-                    twins.check(output)
-                    check_own(output, wanted, [*own, *tensors(X)])
-                division.check(output)
-                y, all_of_them = moved(y, output.device), wanted | twins.others
-                scale = 1 / shared.parts.size  # as DistributedDataParallel trains: the mean of the ranks' losses
-                loss = LossAtBatch(of_output, output, y, scale, hooked=True, empty_ok=True, parameters=all_of_them)
-                traced = trace(output, wanted.values())
-                reads, kinds = partial(readable, model, X), partial(kinds_of, model)
-                generator = generator if merged.batches else shared.helpers.alike(generator)
-                batch = Batch(
-                    output, loss, wanted, traced, memo=memo, generator=generator, reads=reads, ranks=shared,
-                    spread=indices.of(len(output), shared), kinds=kinds,
-                )  # fmt: skip
-                parts, engine = compute(batch, quantities, bar, method, chunk_size, tol)
-                merged.add(parts, everybody.weight(weights.of(loss)), engine.error)
-                passes, way, largest = passes + engine.passes, engine.way, max(largest, len(output))
-                del output, loss, traced, batch, parts, engine
-            fields = merged.fields()
-            return Results(fields, way, passes, merged.batches, merged.error, indices.found(), dict(everybody.messages))
+            call.leave_as_is(undo)
+            return call.compute(undo, call.record(undo, data), quantities)
 
         results = without_trace(run)
         generator_of_call(quantities, torch.device("cpu"))  # moves the global random state on
         return results
 
 
-def _forward(
+def at(
     model: nn.Module,
-    loss_fn: Callable,
-    X: Any,
-    y: Any,
-    forward: Forward | None,
-    wanted: Mapping[str, Tensor],
-    largest: int,
-) -> tuple[Tensor, Callable, Any]:
-    """The model's output as one tensor, checked, the loss of that, and the target; X goes to the model's device."""
-    masks = check_input(X, "X" if forward is None else "batch")
-    model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
-    if isinstance(model, nn.parallel.DistributedDataParallel):  # its own messages are not wanted
-        model = model.module
-    try:
-        output, y = output_and_target(model, X, y, forward, device_of(model))
-    except ValueError as error:
-        count = next((len(t) for t in tensors((y, X)) if t.dim()), 0)
-        if not count < largest:
-            raise
-        raise ValueError(
-            f"{error} This is a mini-batch of {count or 'unknown'} sample(s) after one of {largest}: if it is too "
-            "small, leave it out with DataLoader(..., drop_last=True)."
-        ) from error
-    output, loss_fn = as_one(output, loss_fn)
-    check_output(output, y, wanted, X)
-    check_finite(output, wanted, masks)
-    return plain_tensor(output), loss_fn, y
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    data: Any,
+    *,
+    params: Choice | Iterable[Choice] | None = None,
+    forward: Forward | None = None,
+    method: str = "auto",
+    tol: float = 0.0,
+    chunk_size: int | None = None,
+    progress: bool = False,
+    process_group: Any = None,
+    precision: str | torch.dtype | None = None,
+) -> Point:
+    """A batch recorded once, for several calls: what one has done, the next ones need not do again.
+
+    The forward pass is run and checked now. Each ``point(*quantities)`` gives what `curvature` would; rows of V (where
+    they are small) and coupling directions (where they fit together) are kept for the next. Between the calls the model
+    is yours, untouched. The graph, and copies of what it reads, live until the block ends.
+
+    Args:
+        model: as for `curvature`, and so are all others.
+        loss_fn: the loss.
+        data: one batch, or an iterable of batches: the graphs of all of them are kept.
+        params: the parameters to compute for.
+        forward: ``f(model, batch) -> (output, target)``.
+        method: ``"auto"``, ``"coupled"`` or ``"dense"``.
+        tol: relative tail of the coupling that may be dropped.
+        chunk_size: most vectors held at once.
+        progress: show a progress bar for each call.
+        process_group: over whose ranks the batch is spread.
+        precision: of copies that stand in for parameters and buffers.
+
+    Returns:
+        A `Point`: ``with bncurv.at(...) as point:``.
+
+    Raises:
+        RuntimeError: by a call at a point that is closed, or no longer what was recorded; else as `curvature`.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> with bncurv.at(model, torch.nn.CrossEntropyLoss(), (X, y)) as point:
+        ...     eigenvalues = point(bncurv.LowRankGGN()).ggn.eigenvalues
+        ...     point(bncurv.DiagGGNExact()).passes
+        0
+    """
+    ranks = ranks_of(model, process_group)
+    with ranks.everybody.together():
+        options = Options(method, tol, chunk_size, progress)
+        call = Call(model, loss_fn, forward, params, precision, options, ranks)
+    return Point(call, data, ranks)

@@ -32,6 +32,7 @@ class Batch:
         spread: which samples of the batch are here; ``None``: all.
         kinds: makes a list of the modules that the parameters belong to: their names and types, by parameter name.
         reads: makes a list of what the graph may read when it is run backward, by what a message calls it.
+        kept: what was computed at this batch and serves again; ``None``: nothing is kept.
     """
 
     output: Tensor
@@ -45,6 +46,7 @@ class Batch:
     ranks: Ranks = ALONE
     spread: Shard | None = None
     kinds: Callable[[], Mapping[str, tuple[str, str]]] = dict
+    kept: dict[Any, Any] | None = None
 
     @property
     def samples(self) -> int:

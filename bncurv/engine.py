@@ -38,6 +38,7 @@ from bncurv.blocks import Batch, Correction, Rows, Source, Squares, WholeBatch
 from bncurv.budget import chunks
 from bncurv.costs import Costs
 from bncurv.directions import Directions
+from bncurv.keeping import Keeping
 from bncurv.passes import Passes
 from bncurv.products import Products
 from bncurv.slow import warn_of_slow, warn_slow
@@ -102,6 +103,11 @@ class Engine:
         self._whole = {key: s for key, s in sources.items() if isinstance(s, WholeBatch)}
         self._procedures = {key: s for key, s in sources.items() if isinstance(s, Procedure)}
         self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch | Procedure)}
+        row = sum(p.numel() * p.element_size() for p in self.wanted.values())
+        self._keeping = Keeping(batch.kept, self.shard.own, row, whole=not (tol or keep_own))
+        self._known = self._keeping.ways(list(self._sources))
+        self._sources = {key: s for key, s in self._sources.items() if key not in self._known}
+        self._kept = batch.kept
         self._columns = sum(s.columns_per_sample for s in self._sources.values())
         self._keep_own, self._squares, self._tol = keep_own, squares, tol
         self.method, self._chunk_size, self._tick = method, chunk_size, tick
@@ -120,7 +126,7 @@ class Engine:
         self._kinds = batch.kinds
         self._causes = self._without_product()
         self.slow = list(self._causes)
-        self.way = self._choose()
+        self.way = self._choose() if self._columns else next(iter(self._known.values()), "dense")
         if self.way == "coupled":
             self.products.prepare_means()
 
@@ -152,10 +158,8 @@ class Engine:
     def _choose(self) -> str:
         if self.method == "dense":
             return "dense"
-        if self.slow and self._columns:
+        if self.slow:
             self._warn(self.slow)
-        if not self._columns:
-            return "dense"
         everybody = self.ranks.everybody  # all take the same way, for they meet again in messages
         cheaper = self.method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow)
         if everybody.all(cheaper) and not self._checks.offset():
@@ -220,8 +224,13 @@ class Engine:
         for key, procedure in self._procedures.items():
             for block in procedure.pull(self):
                 yield key, block
-        if not self._sources:
-            return
+        for key in self._known:
+            for rows in self._keeping.again(key):
+                yield key, rows
+        if self._sources:
+            yield from self._keeping.watched(self.way, self._sources, self._pull_sources())
+
+    def _pull_sources(self) -> Iterator[tuple[str, Rows | Squares]]:
         coupled = [] if self.way == "dense" else [name for name in self.wanted if name not in self.slow]
         dense = [name for name in self.wanted if name not in coupled]
         for names in self.costs.groups(coupled):
@@ -247,8 +256,13 @@ class Engine:
             truncated = TruncatedDirections(self.back, self.products, self.costs, sources, self._tol, names)
             self.error |= truncated.error
             return truncated
+        key = tuple(names), frozenset(self.products.centred)
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
         directions = Directions(self.back, self.products, self.costs, names, self._between)
         self._between = directions.between
+        if self._kept is not None and len(self.costs.groups(names)) == len(self.costs.groups(list(self.wanted))) == 1:
+            self._kept[key] = directions
         return directions
 
     def _dense(self, source: Source, names: list[str]) -> Iterator[Rows]:

@@ -19,12 +19,12 @@ from bncurv import (
     InfluenceGrad,
     InfluenceProjection,
     LowRankGGN,
+    Results,
     SlowPathWarning,
     curvature,
     extend,
     reference,
 )
-from bncurv.api import Results
 
 P = nn.Parameter
 N = 24

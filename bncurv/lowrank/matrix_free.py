@@ -19,7 +19,7 @@ from torch import Tensor
 from bncurv.blocks import Batch
 from bncurv.lowrank.base import GGN
 from bncurv.lowrank.lanczos import damped_inverse, damped_range_inverse, eigenpairs
-from bncurv.lowrank.recorded import Recorded
+from bncurv.lowrank.recorded import MATRIX_FREE, Reads
 
 
 class BatchOperator:
@@ -45,7 +45,8 @@ class BatchOperator:
             w = torch.autograd.grad(self._output, self._list, self._u, create_graph=True, materialize_grads=True)
         self._w = [(t, i) for i, t in enumerate(w) if t.requires_grad]
         copies = batch.memo.setdefault("copies", {})
-        self.recorded = Recorded([self._output, *(t for t, _ in self._w)], self._list, batch.reads(), copies)
+        outputs = [self._output, *(t for t, _ in self._w)]
+        self.recorded = Reads(MATRIX_FREE, outputs, self._list, batch.reads(), copies)
 
     @property
     def components(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,23 @@ from bncurv.marks import RECOMPUTED, metadata
 from bncurv.nested import named
 from bncurv.precision import full_precision
 
-_ADVICE = "Compute the curvature again; or use LowRankGGN(matrix_free=False), which holds V and does not go stale."
+
+class Owner(NamedTuple):
+    """Whose graph it is, as messages say it: its name, what it can no more, and what to do in two cases."""
+
+    name: str
+    refusal: str
+    stale: str
+    reruns: str
+
+
+MATRIX_FREE = Owner(
+    "This MatrixFreeGGN",
+    "has its eigenpairs and no more products",
+    "Compute the curvature again; or use LowRankGGN(matrix_free=False), which holds V and does not go stale.",
+    "use LowRankGGN(matrix_free=False)",
+)
+POINT = Owner("This point", "cannot go back to its graph", "Make another one with bncurv.at.", "use bncurv.curvature")
 
 
 def readable(model: nn.Module, X: Any) -> dict[str, Tensor]:
@@ -35,10 +51,11 @@ def readable(model: nn.Module, X: Any) -> dict[str, Tensor]:
     return found | dict(named("the input", X))
 
 
-class Recorded:
+class Reads:
     """The tensors of the model that a graph reads, with copies of their values.
 
     Args:
+        owner: whose graph it is.
         outputs: the graph's outputs.
         parameters: tensors that it is differentiated by.
         named: tensors that may be read, by what a message calls them.
@@ -47,12 +64,13 @@ class Recorded:
 
     def __init__(
         self,
+        owner: Owner,
         outputs: Iterable[Tensor],
         parameters: Sequence[Tensor],
         named: Mapping[str, Tensor],
         known: dict[str, Tensor],
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self._owner = parameters, owner
         leaves, saved, self._reruns = _read_by(outputs)
         watched = {name: t for name, t in named.items() if id(t) in leaves or _storage(t) in saved}
         self._watched = [(name, t, _copy(name, t, known)) for name, t in watched.items()]
@@ -67,14 +85,14 @@ class Recorded:
         for name, t, before in self._watched:
             if not _same(t, before):
                 raise RuntimeError(
-                    f"This MatrixFreeGGN is stale: {name} has changed since the curvature was computed, and products "
-                    f"run through the network's graph, which reads it. {_ADVICE}"
+                    f"{self._owner.name} is stale: {name} has changed since the forward pass, and what is computed "
+                    f"runs through its graph, which reads it. {self._owner.stale}"
                 )
         if self._reruns:
             raise RuntimeError(
-                "This MatrixFreeGGN has its eigenpairs and no more products: the network packs what its graph saves "
+                f"{self._owner.name} {self._owner.refusal}: the network packs what its graph saves "
                 "(torch.utils.checkpoint, say), so that the graph would run the model's code again, in the state and "
-                "mode that it has by now. Turn that off, or use LowRankGGN(matrix_free=False)."
+                f"mode that it has by now. Turn that off, or {self._owner.reruns}."
             )
         try:
             with _hooks_resting(self._parameters), full_precision(self._parameters[0]):
@@ -83,8 +101,8 @@ class Recorded:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise RuntimeError(
-                "This MatrixFreeGGN is stale: a tensor that the network's graph reads was modified in place since the "
-                f"curvature was computed, so that PyTorch runs it no more, whatever the values are now. {_ADVICE}"
+                f"{self._owner.name} is stale: a tensor that the network's graph reads was modified in place since the "
+                f"forward pass, so that PyTorch runs it no more, whatever the values are now. {self._owner.stale}"
             ) from error
 
 
