@@ -14,8 +14,7 @@ from lib.defaults import defaults
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncurv import ComponentL2Grad, DiagGGNExact, SlowPathWarning, curvature, reference
-from bncurv import Results
+from bncurv import ComponentL2Grad, DiagGGNExact, Results, SlowPathWarning, curvature, reference
 
 TOLERANCE = {False: 1e-10, True: 1e-5}  # by whether the model computes in float32 inside, as bncurv tells
 Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
