@@ -55,6 +55,7 @@ class Costs:
         self._calls = {j: s.mark.call for j, s in enumerate(trace.sites) if s.mark.call}
         flops = {j: call.layer.flops(call.arguments, call.output) for j, call in self._calls.items()}
         self._forward = {j: self._share * work for j, work in flops.items()}
+        self._computed = {name: self._entries_computed(name) for name in products.uses}
         self._itemsize = next(iter(self._wanted.values())).element_size()
 
     def _pass(self, sites: int, products: list[int]) -> float:
@@ -64,6 +65,11 @@ class Costs:
             if sites >> j & 1:
                 cost += self._forward[j] * (bool(call.below) + (j in products)) + ELEMENTWISE * self._entries(call)
         return cost
+
+    def _entries_computed(self, name: str) -> int:
+        """Entries of what is computed from a parameter, W = φ(θ): a row passes them on its way to θ."""
+        uses = [(self._calls[j], role) for j, role in self._products.uses[name]]
+        return sum(call.parameters[role].numel() for call, role in uses if role in call.leaves)
 
     def _entries(self, call: Call) -> int:
         """Entries of a layer's output, on the rank with most samples."""
@@ -91,7 +97,8 @@ class Costs:
         """So many cotangents of the whole batch through everything."""
         rows = count * sum(p.numel() for p in self._wanted.values())
         calls = -(-count // self.dense_chunk()) * len(self._calls)
-        return count * self._pass(ALL, self._structure.calls_in(ALL)) + ROW_ENTRY * rows + CALL * calls
+        through = ELEMENTWISE * count * sum(self._computed.values())
+        return count * self._pass(ALL, self._structure.calls_in(ALL)) + ROW_ENTRY * rows + through + CALL * calls
 
     def dense(self) -> float:
         """All N·C columns."""
@@ -117,8 +124,9 @@ class Costs:
 
     def _rows(self, name: str, columns: int) -> float:
         """The rows of V of one parameter, corrected and squared."""
-        entries = self._samples * columns * self._wanted[name].numel()
-        return entries * (2.0 * self._structure.entries[name] + ROW_ENTRY)
+        rows, directions = self._samples * columns, self._structure.entries[name]
+        through = ELEMENTWISE * (rows + directions) * self._computed.get(name, 0)
+        return rows * self._wanted[name].numel() * (2.0 * directions + ROW_ENTRY) + through
 
     def _squares(self, name: str) -> float:
         """The sum of their squares, from the factors."""

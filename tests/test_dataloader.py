@@ -299,7 +299,7 @@ class Bar:
 @pytest.mark.parametrize("method", ["coupled", "dense"])
 def test_bar_is_full_at_the_end(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was announced is what was done."""
-    monkeypatch.setattr("bncurv.api.tqdm", Bar)
+    monkeypatch.setattr("bncurv.call.tqdm", Bar)
     Bar.made.clear()
     res = compute(split(8, 8, 4), method=method, progress=True)
     (bar,) = Bar.made
@@ -307,7 +307,7 @@ def test_bar_is_full_at_the_end(method: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_bar_is_closed_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bncurv.api.tqdm", Bar)
+    monkeypatch.setattr("bncurv.call.tqdm", Bar)
     Bar.made.clear()
     with pytest.raises(ValueError):
         compute(split(8, 1), progress=True)

@@ -466,3 +466,16 @@ def test_float32(name):
     whole = max(float(t.norm()) for t in want.values())
     for key, t in want.items():
         assert float((got[key].double() - t).norm()) <= 1e-4 * float(t.norm()) + 1e-9 * whole, key
+
+
+def test_the_way_through_a_computed_weight_is_counted():
+    """Every row and direction goes through φ: coupled where a plain layer is, not before it pays."""
+
+    def way(N: int, wrap: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> str:
+        torch.manual_seed(0)
+        layers = wrap(nn.Linear(64, 32)), nn.BatchNorm1d(32), nn.ReLU(), wrap(nn.Linear(32, 32)), nn.BatchNorm1d(32)
+        model, X, y = nn.Sequential(*layers, nn.ReLU(), nn.Linear(32, 10)), torch.randn(N, 64), torch.randint(10, (N,))
+        return curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact()).method
+
+    normed = parametrizations.weight_norm
+    assert (way(48), way(48, normed), way(256, normed)) == ("coupled", "dense", "coupled")

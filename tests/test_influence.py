@@ -216,7 +216,7 @@ def test_passes(monkeypatch):
 @pytest.mark.parametrize("quantity", [InfluenceGrad(), InfluenceProjection({"0.weight": torch.ones(6, 4)})], ids=repr)
 def test_announced_passes(quantity, samples, monkeypatch):
     """Those of either way, and of projections."""
-    monkeypatch.setattr("bncurv.api.tqdm", Bar)
+    monkeypatch.setattr("bncurv.call.tqdm", Bar)
     Bar.made.clear()
     data = torch.randn(samples, 4), torch.randint(3, (samples,))
     res = curvature(mlp(4, 6, 5, 3), nn.CrossEntropyLoss(), data, quantity, progress=True)
