@@ -170,5 +170,6 @@ def _mixed(t: Tensor, axis: int, size: int) -> Tensor:
     if t.shape[axis] <= size:
         return t
     # from a generator of its own: random states of the day are neither read nor moved
-    R = torch.randn(t.shape[axis], size, generator=torch.Generator().manual_seed(axis), dtype=t.dtype)
+    generator = torch.Generator("cpu").manual_seed(axis)
+    R = torch.randn(t.shape[axis], size, generator=generator, dtype=t.dtype, device="cpu")
     return torch.tensordot(t, R.to(t.device) / size**0.5, ([axis], [0])).movedim(-1, axis)

@@ -206,3 +206,16 @@ def test_both_gestures():
 def test_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         DiagGGNMC(**arguments)
+
+
+@pytest.mark.parametrize("goal", [{"passes": 20}, {"rtol": 0.4}], ids=str)
+def test_another_default_device(goal):
+    """New tensors go to the model's device, whatever is the default."""
+    model, X, y = at(conv)
+    found = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(1)
+        with torch.device(device):
+            found.append(curvature(model, CE, (X, y), DiagGGNMC(**goal), method="dense").fields)
+    for field, want in found[0].items():
+        assert all(torch.equal(found[1][field][name], t) for name, t in want.items())

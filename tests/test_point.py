@@ -198,3 +198,11 @@ def test_errors_at_the_start():
         bncurv.at(model, CE, (X / 0, y))
     with pytest.raises(ValueError, match="method='fast'"):
         bncurv.at(model, CE, (X, y), method="fast")
+
+
+def test_another_default_device():
+    model, X, y = made()
+    want = curvature(model, CE, (X, y), DiagGGNExact()).diag_ggn_exact
+    with torch.device("meta"), at(model, CE, (X, y)) as point:
+        for _ in range(2):
+            assert_close(point(DiagGGNExact(), LowRankGGN()).diag_ggn_exact, want)
