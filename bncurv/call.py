@@ -45,9 +45,6 @@ from bncurv.twins import Twins
 from bncurv.undo import Undo
 from bncurv.untouched import leave_as_is
 
-Recorded = tuple[Batch, float | None]  # a mini-batch, and what its mean divides by on all ranks
-
-
 @dataclass(frozen=True)
 class Options:
     """How to compute, see `bncurv.curvature`."""
@@ -94,10 +91,10 @@ class Call:
         """All that is the user's."""
         leave_as_is(undo, self._model, *([self._loss_fn] if isinstance(self._loss_fn, nn.Module) else []))
 
-    def record(self, undo: Undo, data: Any) -> Iterator[Recorded]:
+    def record(self, undo: Undo, data: Any) -> Iterator[Batch]:
         """The mini-batches, each recorded when it is asked for."""
         model, loss_fn, ranks, everybody = self._model, self._loss_fn, self._ranks, self._ranks.everybody
-        weights, memo, largest = Weights(), dict[str, Any](), 0
+        memo, largest = dict[str, Any](), 0
         twins = Twins(undo, self._dtype, model, loss_fn)
         wanted, own = twins.of(self._selected), list(model.parameters())
         recorder = Recorder(model, private=True, ranks=ranks)
@@ -119,24 +116,24 @@ class Call:
             batch = Batch(
                 output, loss, wanted, traced, memo=memo, reads=reads, ranks=shared, spread=spread, kinds=kinds
             )
-            found = [(batch, everybody.weight(weights.of(loss)))]
+            found = [batch]
             del output, loss, traced, batch  # nothing here keeps the graph
             yield found.pop()
 
-    def compute(self, undo: Undo, recorded: Iterable[Recorded], quantities: Sequence[Quantity]) -> Results:
+    def compute(self, undo: Undo, recorded: Iterable[Batch], quantities: Sequence[Quantity]) -> Results:
         """All quantities at these mini-batches."""
         everybody, options = self._ranks.everybody, self._options
-        merged, passes, way = Merged(quantities, name_of(self._loss_fn)), 0, ""
+        merged, weights, passes, way = Merged(quantities, name_of(self._loss_fn)), Weights(), 0, ""
         bar = tqdm(disable=not options.progress, unit="pass", desc="backward passes", leave=False)
         undo.note(bar.close)
         device = next(iter(self._selected.values())).device
         with torch.random.fork_rng(devices=[]):  # a look ahead: the forward passes find the random state as it is
             generator = generator_of_call(quantities, device, everybody.rank)
-        for batch, weight in recorded:
+        for batch in recorded:
             generator = generator if merged.batches else batch.ranks.helpers.alike(generator)
             at = replace(batch, generator=generator)
             parts, engine = compute(at, quantities, bar, options.method, options.chunk_size, options.tol)
-            merged.add(parts, weight, engine.error)
+            merged.add(parts, everybody.weight(weights.of(batch.loss)), engine.error)
             passes, way = passes + engine.passes, engine.way
             del batch, at, parts, engine
         fields, samples = merged.fields(), self._indices.found()

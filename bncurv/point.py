@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from bncurv.call import Call, Recorded
+from bncurv.blocks import Batch
+from bncurv.call import Call
 from bncurv.checks import check_quantities
 from bncurv.lowrank.recorded import POINT, Reads
 from bncurv.quantities import Quantity
@@ -34,16 +35,16 @@ class Point:
 
     def __init__(self, call: Call, data: Any, ranks: Ranks) -> None:
         self._call, self._everybody = call, ranks.everybody
-        self._recorded: list[Recorded] = []
+        self._recorded: list[Batch] = []
         self._reads: list[Reads] = []
 
         def record(undo: Undo) -> None:
             call.leave_as_is(undo)
             copies: dict[str, torch.Tensor] = {}
-            for batch, weight in call.record(undo, data):
+            for batch in call.record(undo, data):
                 learnt = list(batch.parameters.values())
                 self._reads.append(Reads(POINT, [batch.output], learnt, batch.reads(), copies))
-                self._recorded.append((replace(batch, kept={}), weight))
+                self._recorded.append(replace(batch, kept={}))
 
         self._open = True
         with self._everybody.together():

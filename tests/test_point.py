@@ -170,7 +170,7 @@ def test_freed():
     model, X, y = made()
     with at(model, CE, (X, y)) as point:
         point(DiagGGNExact(), LowRankGGN(top=2, matrix_free=True))
-        graph = weakref.ref(point._recorded[0][0].trace)
+        graph = weakref.ref(point._recorded[0].trace)
         assert repr(point) == "Point(1 mini-batch(es) recorded)"
     gc.collect()
     assert graph() is None and repr(point) == "Point(closed)"
