@@ -45,6 +45,7 @@ from bncurv.twins import Twins
 from bncurv.undo import Undo
 from bncurv.untouched import leave_as_is
 
+
 @dataclass(frozen=True)
 class Options:
     """How to compute, see `bncurv.curvature`."""
@@ -137,7 +138,8 @@ class Call:
             passes, way = passes + engine.passes, engine.way
             del batch, at, parts, engine
         fields, samples = merged.fields(), self._indices.found()
-        return Results(fields, way, passes, merged.batches, merged.error, samples, dict(everybody.messages))
+        shapes = {name: p.shape for name, p in self._selected.items()}
+        return Results(fields, way, passes, merged.batches, merged.error, samples, dict(everybody.messages), shapes)
 
 
 def _forward(

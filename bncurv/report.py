@@ -15,7 +15,7 @@ from bncurv.quantities import Quantity
 from bncurv.ranks import Ranks
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LayerCoupling:
     """One layer's share.
 
@@ -30,6 +30,17 @@ class LayerCoupling:
     directions: int
     _AA: Tensor
     _PP: Tensor
+
+    def __repr__(self) -> str:
+        return f"LayerCoupling(own_trace={self.own_trace:.3g}, full_trace={self.full_trace:.3g}, R={self.directions})"
+
+    def scalars(self) -> dict[str, float]:
+        """The two traces, for a logger."""
+        return {"own_trace": self.own_trace, "full_trace": self.full_trace}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and the singular values."""
+        return {**self.scalars(), "directions": self.directions, "singular_values": self.singular_values}
 
     @cached_property
     def singular_values(self) -> Tensor:

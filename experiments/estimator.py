@@ -65,14 +65,16 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(100, 10))
 
 
+BUILDERS: dict[str, Callable[[], nn.Module]] = {"ResNet": SmallResNet, "MLP": mlp}
+
+
 def cases(args: argparse.Namespace) -> list[Case]:
     """Trained and as initialised, each with its exact diagonal."""
     digits = load_data(args.seed, args.device)
     n = 256 if args.large else args.batch_size
     wide: dict[str, Callable[[], nn.Module]] = {"ResNet, 96 channels": lambda: SmallResNet(96)}
-    builders = wide if args.large else {"ResNet": SmallResNet, "MLP": mlp}
     found = []
-    for name, build in builders.items():
+    for name, build in (wide if args.large else BUILDERS).items():
         for epochs in (args.epochs, 0):
             torch.manual_seed(args.seed)
             model = build().to(args.device)

@@ -20,8 +20,9 @@ from bncurv.precision import full_precision, ulp
 class GGN(ABC):
     """G = Vᵀ V of one group of parameters; the scale is that of the loss (a mean's 1/N is inside).
 
-    Vectors in parameter space are dicts by name, ``{name: [*p]}`` or ``{name: [m, *p]}`` for m at once, or flat,
-    ``[D]`` or ``[D, m]``, in the order of ``names``; what comes back has the form of what went in.
+    Vectors in parameter space are dicts by name, ``{name: [*p]}`` or ``{name: [m, *p]}`` for m at once, or lists of
+    such tensors in the order of ``names``, or flat, ``[D]`` or ``[D, m]``, tensors or NumPy's arrays; what comes back
+    has the form of what went in.
 
     Attributes:
         names: the parameters, in the order of flat vectors.
@@ -41,6 +42,41 @@ class GGN(ABC):
     def __repr__(self) -> str:
         kind = type(self).__name__
         return f"{kind}(D={self.dim}, K={self.components}, parameters={len(self.names)}, top={self.top})"
+
+    def _repr_html_(self) -> str:
+        leading = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:5].tolist())
+        return f"<p>{self!r}, rank {self.rank}: largest eigenvalues {leading or 'none'}</p>"
+
+    @property
+    def shape(self) -> torch.Size:
+        """(D, D)."""
+        return torch.Size((self.dim, self.dim))
+
+    def scalars(self) -> dict[str, float]:
+        """The largest eigenvalue and, with V at hand, the trace, for a logger."""
+        return {"largest": float(self._values[0]) if len(self._values) else 0.0}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Eigenvalues, eigenvectors by name, gradient and sizes as tensors and numbers; V is not in it.
+
+        ``torch.save`` it, load it with ``weights_only=True``.
+        """
+        return {
+            "eigenvalues": self.eigenvalues,
+            "eigenvectors": self.eigenvectors(),
+            "gradient": self.unflatten(self.gradient),
+            "dim": self.dim,
+            "components": self.components,
+            "top": self.top,
+        }
+
+    @abstractmethod
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> GGN:
+        """The same with a function of all its tensors, as of one that moves or casts them."""
+
+    def to(self, *where: Any, **options: Any) -> GGN:
+        """The same moved or cast, arguments as of ``Tensor.to``."""
+        return self.mapped(lambda t: t.to(*where, **options))
 
     # ---------------------------------------------------------------- what the two forms provide
     @property

@@ -30,6 +30,10 @@ class RowMatrix:
         self.shape = len(self._rows[0]), sum(r.shape[1] for r in self._rows)
         self.dtype, self.wide = self._rows[0].dtype, self.shape[0] <= self.shape[1]
 
+    def by_name(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """The rows by parameter, ``[K, *p]`` each."""
+        return {name: r.view(len(r), *p) for (name, p), r in zip(shapes.items(), self._rows, strict=True)}
+
     def _converted(self, length: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
         """Slices of a length: all of it, or if V's dtype is converted what stays in cache at this width."""
         size = length if dtype == self.dtype else ROW_BYTES // (8 * max(1, width))

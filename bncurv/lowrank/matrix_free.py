@@ -171,6 +171,13 @@ class MatrixFreeGGN(GGN):
         with self._unchanged():
             return self._through(v)
 
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> NoReturn:
+        """Refused: it is where its graph is."""
+        raise RuntimeError(
+            "a matrix-free GGN works through the network's graph, and can be neither moved nor cast. Use to_dict() for "
+            "its eigenpairs, or LowRankGGN(matrix_free=False)."
+        )
+
     # ---------------------------------------------------------------- spectrum
     @property
     def _values(self) -> Tensor:
@@ -230,7 +237,7 @@ class MatrixFreeGGN(GGN):
         return self._along_vectors(keep, damping)
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name in ("trace", "frobenius_norm", "logdet", "sample"):
+        if name in ("trace", "frobenius_norm", "logdet", "sample", "diagonal"):
             raise NeedsRows(
                 f"{name} needs all rows of V, but this GGN is matrix-free with top={self.top} eigenpairs. Use "
                 "LowRankGGN(matrix_free=False) with fewer samples or parameters, or density() for the spectrum."

@@ -59,6 +59,22 @@ class LowRank(GGN):
     def _product(self, v: Tensor) -> Tensor:
         return self._V.down(self._V.up(v))
 
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> LowRank:
+        """The same with a function of V and the gradients; eigenpairs are computed anew."""
+        rows = {name: f(r) for name, r in self._V.by_name(self.shapes).items()}
+        gradients = {name: f(g) for name, g in self._gradients.items()}
+        device = next(iter(rows.values())).device
+        weights = gradients if self._weights is None else f(self._weights)
+        return LowRank(rows, weights, self.top, self._samples.to(device))
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """Diagonal of G, ``{name: [*p]}``: Σ_k V[k]², as `DiagGGNExact` gives it."""
+        return {name: r.square().sum(0) for name, r in self._V.by_name(self.shapes).items()}
+
+    def scalars(self) -> dict[str, float]:
+        """Largest eigenvalue and trace, for a logger."""
+        return super().scalars() | {"trace": float(self.trace)}
+
     # ---------------------------------------------------------------- spectrum
     @cached_property
     def _small(self) -> Tensor:

@@ -1,14 +1,15 @@
-"""Vectors in parameter space: by name or flat, one or several, checked."""
+"""Vectors in parameter space: by name, in a list, or flat, in PyTorch or NumPy; one or several; checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Vector = Tensor | Mapping[str, Tensor]
+Vector = Tensor | np.ndarray | Mapping[str, Tensor] | Sequence[Tensor]
 
 
 class Space:
@@ -27,10 +28,16 @@ class Space:
 
     def flatten(self, v: Vector) -> Tensor:
         """``{name: [*p]}`` → ``[D]``, ``{name: [m, *p]}`` → ``[D, m]``; flat ``[D]``, ``[D, m]`` as they are."""
+        if isinstance(v, list | tuple):
+            v = self._named(v)
         if isinstance(v, Mapping):
             lead = self._lead(v)
             flat = [v[name].reshape((*lead, size)) for name, size in zip(self.shapes, self.sizes, strict=True)]
             return torch.cat(flat, -1).movedim(-1, 0)
+        if isinstance(v, np.ndarray):
+            v = torch.as_tensor(v).to(self.like)
+        if not isinstance(v, Tensor):
+            raise TypeError(f"vector is {type(v).__name__}; expected a torch.Tensor, or a dict or list of tensors.")
         self._check("vector", v)
         if v.dim() not in (1, 2) or len(v) != self.dim:
             raise ValueError(
@@ -47,7 +54,21 @@ class Space:
     def apply(self, f: Callable[[Tensor], Tensor], v: Vector) -> Any:
         """A function of flat vectors on vectors of any form; what comes back has the form of what went in."""
         flat = f(self.flatten(v))
-        return self.unflatten(flat.movedim(0, -1)) if isinstance(v, Mapping) else flat
+        if isinstance(v, np.ndarray):
+            return flat.cpu().numpy().astype(v.dtype)
+        if isinstance(v, Tensor):
+            return flat
+        by_name = self.unflatten(flat.movedim(0, -1))
+        return by_name if isinstance(v, Mapping) else list(by_name.values())
+
+    def _named(self, v: Sequence[Tensor]) -> dict[str, Tensor]:
+        """A list of tensors, one for each parameter in order, by name."""
+        if len(v) != len(self.shapes):
+            raise ValueError(
+                f"vector is a {type(v).__name__} of {len(v)}; expected one tensor for each of the {len(self.shapes)} "
+                f"parameters, in the order {_some(list(self.shapes))}."
+            )
+        return dict(zip(self.shapes, v, strict=True))
 
     def _lead(self, v: Mapping[str, Tensor]) -> tuple[int, ...]:
         """``()`` for one vector, ``(m,)`` for several; ValueError for a wrong name or shape."""
