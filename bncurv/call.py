@@ -108,10 +108,10 @@ class Call:
                 output, of_output, y = _forward(model, twins.loss_fn, X, y, self._forward, wanted, largest)
                 twins.check(output)
                 check_own(output, wanted, [*own, *tensors(X)])
-            division.check(output)
             y, all_of_them, largest = moved(y, output.device), wanted | twins.others, max(largest, len(output))
             scale = 1 / shared.parts.size  # as DistributedDataParallel trains: the mean of the ranks' losses
             loss = LossAtBatch(of_output, output, y, scale, hooked=True, empty_ok=True, parameters=all_of_them)
+            division.check(loss)
             reads, kinds = partial(readable, model, X), partial(kinds_of, model)
             spread, traced = self._indices.of(len(output), shared), trace(output, wanted.values())
             batch = Batch(

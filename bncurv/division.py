@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bncurv.loss_at_batch import LossAtBatch
 from bncurv.nested import held
 from bncurv.precision import ROUGHLY
 from bncurv.probes import pattern
@@ -69,23 +70,30 @@ class Division:
             self._same = same
         return self._divided if self._same else self._ranks
 
-    def check(self, output: Tensor) -> None:
-        """Raise ValueError where the same batch has another output on some rank, by more than rounding."""
+    def check(self, loss: LossAtBatch) -> None:
+        """Raise ValueError where the same batch has another output or loss on some rank, by more than rounding."""
         if not self._same:
             return
-        F = output.detach()
-        rows = (t.reshape(len(F), -1).sum(1) for t in (F * pattern(F.shape, F), F.abs()))
-        (first, size), *others = self._asked.gather(torch.stack(list(rows)).double(), "comparison")
-        bound = ROUGHLY.get(F.dtype, ROUGHLY[torch.float32]) * size
+        F, everywhere = loss.output, f"the same on all {self._asked.size} ranks"
+        rtol = ROUGHLY.get(F.dtype, ROUGHLY[torch.float32])
+        rows = [t.reshape(len(F), -1).sum(1) for t in (F * pattern(F.shape, F), F.abs())]
+        (first, size), *others = self._asked.gather(torch.stack(rows).double(), "comparison")
         for rank, (other, _) in enumerate(others, 1):
-            apart = (other - first).abs() > bound
+            apart = (other - first).abs() > rtol * size
             if bool(apart.any()):
                 raise ValueError(
-                    f"batch and parameters are the same on all {self._asked.size} ranks, but the model's output is not "
-                    f"(rank {rank}, sample(s) {apart.nonzero()[:5, 0].tolist()}): its forward pass draws random "
-                    "numbers (dropout), or has other buffers or attributes there. Call torch.manual_seed with the same "
-                    "seed on all ranks before, and load the same state; or leave process_group out."
+                    f"batch and parameters are {everywhere}, but the model's output is not (rank {rank}, sample(s) "
+                    f"{apart.nonzero()[:5, 0].tolist()}): its forward pass draws random numbers (dropout), or has "
+                    "other buffers or attributes there. Call torch.manual_seed with the same seed on all ranks before, "
+                    "and load the same state; or leave process_group out."
                 )
+        with torch.no_grad():
+            values = torch.tensor(self._asked.numbers(float(loss.value_on(F))), dtype=torch.float64)
+        if not bool(torch.isclose(values, values[0], rtol=rtol, atol=0, equal_nan=True).all()):
+            raise ValueError(
+                f"batch, parameters and output are {everywhere}, but the loss is not ({values.tolist()}): pass the "
+                "same function."
+            )
 
     def _equal(self, groups: list[Iterable[Any]]) -> list[bool]:
         """Of several groups of values, whether each is the same on all ranks, to the bit."""

@@ -202,6 +202,7 @@ class Ranks:
         self._alarm.agreed = int(told[0, 2])
         failed = [rank for rank, flag in enumerate(told[:, 0].tolist()) if flag]
         if failed:
+            self._alarm = Alarm()  # what it rang for is known to all
             messages: list[Any] = [None] * self.size
             dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}", group=self._group)
             if error is not None:

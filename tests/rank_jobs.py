@@ -36,6 +36,7 @@ from bncurv import (
     curvature,
     extend,
 )
+from bncurv.alarm import INTERVAL
 from bncurv.costs import Costs
 from bncurv.deflation import Deflated
 from bncurv.passes import Passes
@@ -326,6 +327,7 @@ def not_same(shards: tuple[int, ...]) -> dict[str, Any]:
     weighted = nn.CrossEntropyLoss(weight=1.0 + dist.get_rank() * torch.ones(3)).double().to(DEVICE)
     means = told(curvature(mlp(), CE, mine(shards), *quantities(), **group))
     calls = {"parameters": (other, CE, batch(6)), "loss": (mlp(), weighted, batch(6)), "late": (mlp(), CE, late)}
+    calls["function"] = (mlp(), partial(nn.functional.cross_entropy, label_smoothing=0.1 * dist.get_rank()), batch(6))
     calls["compares"] = (mlp(), lambda F, y: (F - F.mean(0)).square().mean(), batch(6))
     calls["dropout"] = (dropped(dist.get_rank()), CE, batch(6))  # last: it sets the seed
     said = {key: raised(partial(curvature, *args, DiagGGNExact(), **group)) for key, args in calls.items()}
@@ -362,6 +364,21 @@ def same_failure_early() -> dict[str, Any]:
         return {"said": said, "passes": done[0], "times": times}
     finally:
         Passes.vjp = vjp  # type: ignore[method-assign]
+
+
+def heard_once() -> tuple[str, bool, list[float]]:
+    """A failure, whether it is still heard afterwards, and what the same ranks say to one another then."""
+    everybody = Ranks(dist.group.WORLD)
+
+    def failing() -> None:
+        with everybody.together():
+            everybody.numbers(0)
+            if dist.get_rank() == 1:
+                raise ValueError("once")
+
+    said = raised(failing)
+    time.sleep(1.1 * INTERVAL)
+    return said, everybody._alarm.rings(), everybody.numbers(dist.get_rank())
 
 
 def raised(call: Callable[[], Any]) -> str:

@@ -79,6 +79,7 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "not same": (jobs.not_same, (UNEVEN,), {}),
     **{f"same, failure {method}": (jobs.same_failure, (method,), {}) for method in WAYS},
     "same, early failure": (jobs.same_failure_early, (), {}),
+    "heard once": (jobs.heard_once, (), {}),
 }
 OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
     "coupled": (jobs.exact, ("cnn", FOUR, "coupled"), {}),
@@ -475,6 +476,7 @@ def test_other_batches(two):
         assert "parameter '3.bias' is not the same on all 2 ranks" in part["parameters"]
         assert "'weight' of the loss is not the same on all 2 ranks" in part["loss"]
         assert "mini-batch 2 is not the same on all 2 ranks" in part["late"]
+        assert "output are the same on all 2 ranks, but the loss is not ([" in part["function"]
         assert "Its columns are not divided over processes: leave process_group out." in part["compares"]
         assert "the model's output is not (rank 1, sample(s) [" in part["dropout"]
 
@@ -493,6 +495,14 @@ def test_a_failure_is_heard_between_passes(two):
     assert other["said"] == "RankFailure: rank 1 of 2 failed: ValueError: no more rows"
     assert other["passes"] < 60
     print_delay(other, failed)
+
+
+def test_a_failure_is_heard_once(two):
+    """Ranks that go on after it, as in a second backward of a recorded forward, hear of it no more."""
+    said, still, numbers = zip(*two["heard once"], strict=True)
+    assert said == ("RankFailure: rank 1 of 2 failed: ValueError: once", "ValueError: once")
+    assert still == (False, False)
+    assert numbers == ([0, 1], [0, 1])
 
 
 # ---------------------------------------------------------------------------- messages
