@@ -104,7 +104,7 @@ class Engine:
         self._procedures = {key: s for key, s in sources.items() if isinstance(s, Procedure)}
         self._sources = {key: s for key, s in sources.items() if not isinstance(s, WholeBatch | Procedure)}
         row = sum(p.numel() * p.element_size() for p in self.wanted.values())
-        self._keeping = Keeping(batch.kept, self.shard.own, row, whole=not (tol or keep_own))
+        self._keeping = Keeping(batch.kept, self.shard.own, self.ranks.everybody, row, whole=not (tol or keep_own))
         self._known = self._keeping.ways(list(self._sources))
         self._sources = {key: s for key, s in self._sources.items() if key not in self._known}
         self._kept = batch.kept

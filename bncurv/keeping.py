@@ -7,6 +7,7 @@ from typing import Any
 
 from bncurv.blocks import Rows, Source, Squares
 from bncurv.budget import SMALL_BYTES
+from bncurv.ranks import Ranks
 
 Block = Rows | Squares
 
@@ -17,15 +18,16 @@ class Keeping:
     Args:
         kept: what the batch keeps; ``None``: nothing.
         samples: of this process.
+        ranks: all of them keep the same, for they meet again in messages.
         row: bytes of one row, all parameters together.
         whole: whether the rows are all there is to know: nothing was dropped, nothing is asked of their own parts.
     """
 
-    def __init__(self, kept: dict[Any, Any] | None, samples: int, row: int, whole: bool) -> None:
+    def __init__(self, kept: dict[Any, Any] | None, samples: int, ranks: Ranks, row: int, whole: bool) -> None:
         self._rows: dict[str, tuple[str, list[Rows]]] | None = None
         if kept is not None and whole:
             self._rows = kept.setdefault("rows", {})
-        self._samples, self._row = samples, row
+        self._samples, self._ranks, self._row = samples, ranks, row
 
     def ways(self, keys: list[str]) -> dict[str, str]:
         """Of sources whose rows are here, the way that they came."""
@@ -52,5 +54,5 @@ class Keeping:
                     found[key] = None  # squares do not make rows
             yield key, block
         for key, rows in found.items():
-            if rows is not None and self._rows is not None:
+            if self._ranks.all(rows is not None) and rows is not None and self._rows is not None:
                 self._rows[key] = way, rows

@@ -33,6 +33,7 @@ from bncurv import (
     SqrtGGNExact,
     SqrtGGNMC,
     SumComponentGradSquared,
+    at,
     curvature,
     extend,
 )
@@ -317,6 +318,16 @@ def same_rest(count: int) -> dict[str, Any]:
         "cut": cut.diag_ggn_exact, "error": dict(cut.error), "passes": cut.passes, "mixed": mixed,
         "dropping": dropping.diag_ggn_exact, "loader": told(curvature(mlp(), CE, several, *quantities(), **group)),
     }  # fmt: skip
+
+
+def point(count: int, shared: bool) -> list[dict[str, Any]]:
+    """Several calls at a recorded batch: divided, or spread unevenly; rank 0 has one row too many to keep."""
+    model, data = (synced(mlp()), mine((count - 2, 2))) if shared else (mlp(), batch(count))
+    with MonkeyPatch.context() as patch:
+        small = 8 * 2 * (count - 2 if shared else -(-count // 2)) * sum(p.numel() for p in model.parameters())
+        patch.setattr("bncurv.keeping.SMALL_BYTES", small - 1)
+        with at(model, CE, data, process_group=dist.group.WORLD) as here:
+            return [told(here(*asked)) for asked in ([LowRankGGN()], [DiagGGNExact(), LowRankGGN()], [ComponentGrad()])]
 
 
 def not_same(shards: tuple[int, ...]) -> dict[str, Any]:

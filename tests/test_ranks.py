@@ -80,6 +80,8 @@ TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     **{f"same, failure {method}": (jobs.same_failure, (method,), {}) for method in WAYS},
     "same, early failure": (jobs.same_failure_early, (), {}),
     "heard once": (jobs.heard_once, (), {}),
+    "point": (jobs.point, (5, False), {}),
+    "point, spread": (jobs.point, (7, True), {}),
 }
 OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
     "coupled": (jobs.exact, ("cnn", FOUR, "coupled"), {}),
@@ -467,6 +469,18 @@ def assert_divided_otherwise(found: list[dict[str, Any]], count: int) -> None:
             rows = loader.grad_component[n][part["loader"]["samples"]]
             assert_close(part["loader"]["grad_component"][n], rows, 1e-12)
         assert_close(part["loader"]["eigenvalues"], loader.ggn.eigenvalues, 1e-12)
+
+
+@pytest.mark.parametrize(("name", "shards"), [("point", (5,)), ("point, spread", (5, 2))])
+def test_point(name, shards, two):
+    """All ranks keep the same of one call for the next."""
+    res = alone("mlp", shards, DiagGGNExact(), ComponentGrad(), LowRankGGN())
+    for first, second, third in two[name]:
+        for part in (first, second):
+            assert_close(part["eigenvalues"], res.ggn.eigenvalues, 1e-12)
+        for n, t in res.diag_ggn_exact.items():
+            assert_close(second["diag_ggn_exact"][n], t, 1e-12)
+            assert_close(third["grad_component"][n], res.grad_component[n][third["samples"]], 1e-12)
 
 
 def test_other_batches(two):
