@@ -88,7 +88,7 @@ class Division:
                     "and load the same state; or leave process_group out."
                 )
         with torch.no_grad():
-            values = torch.tensor(self._asked.numbers(float(loss.value_on(F))), dtype=torch.float64)
+            values = torch.tensor(self._asked.numbers(float(loss.value_on(F))), dtype=torch.float64, device="cpu")
         if not bool(torch.isclose(values, values[0], rtol=rtol, atol=0, equal_nan=True).all()):
             raise ValueError(
                 f"batch, parameters and output are {everywhere}, but the loss is not ({values.tolist()}): pass the "
@@ -98,7 +98,7 @@ class Division:
     def _equal(self, groups: list[Iterable[Any]]) -> list[bool]:
         """Of several groups of values, whether each is the same on all ranks, to the bit."""
         asked = self._asked
-        found = torch.stack(asked.gather(torch.tensor([digest(g) for g in groups]), "comparison"))
+        found = torch.stack(asked.gather(torch.tensor([digest(g) for g in groups], device="cpu"), "comparison"))
         return [bool(same) for same in (found == found[0]).all(0)]
 
 

@@ -68,12 +68,12 @@ class Indices:
         if sharing.divides:
             mine = sharing.helpers.share(samples)
             own, most = mine.stop - mine.start, -(-samples // sharing.helpers.size)
-            self._found.append(torch.arange(self._before + mine.start, self._before + mine.stop))
+            self._found.append(torch.arange(self._before + mine.start, self._before + mine.stop, device="cpu"))
             self._before += samples
             return Shard(0, own, own, most, samples, mine.start, sharing.helpers.size)
         counts = [int(n) for n in self._everybody.numbers(samples)]
         first = self._before + sum(counts[: self._everybody.rank])
-        self._found.append(torch.arange(first, first + samples))
+        self._found.append(torch.arange(first, first + samples, device="cpu"))
         self._before += sum(counts)
         together = [int(n) for n in sharing.numbers(samples)]
         most = int(max(self._everybody.numbers(sum(together))))

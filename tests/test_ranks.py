@@ -108,7 +108,8 @@ def together(size: int, work: dict, backend: str, tmp_path_factory: pytest.TempP
         patch.setenv("PYTHONPATH", os.pathsep.join([here, str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]))
         mp.get_context("forkserver").set_forkserver_preload(IMPORTED)
         mp.start_processes(jobs.run, (size, work, str(folder), backend), size, start_method="forkserver")
-    by_rank = [torch.load(folder / f"{rank}.pt", "cpu", weights_only=False) for rank in range(size)]
+    gpus = {f"cuda:{rank}": "cuda:0" for rank in range(size)}
+    by_rank = [torch.load(folder / f"{rank}.pt", gpus, weights_only=False) for rank in range(size)]
     return {name: [found[name] for found in by_rank] for name in work}
 
 
@@ -120,6 +121,14 @@ def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module", params=backends(4))
 def four(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return together(4, OF_FOUR, request.param, tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process computes where they do: random numbers are others elsewhere."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "nccl" in (parameters.get("two"), parameters.get("four")):
+        monkeypatch.setattr(jobs, "DEVICE", torch.device("cuda", 0))
 
 
 class Spread(nn.Module):
@@ -162,7 +171,7 @@ def assert_same(found: list[dict[str, Any]], want: Any, shards: tuple[int, ...],
             assert all(torch.equal(part[field][name], found[0][field][name]) for part in found)
     for name, t in want.grad_component.items():
         assert_close(torch.cat([part["grad_component"][name.removeprefix("model.")] for part in found]), t, tolerance)
-    flat = torch.linspace(-1, 1, want.ggn.dim, dtype=torch.float64)
+    flat = torch.linspace(-1, 1, want.ggn.dim, dtype=torch.float64, device=jobs.DEVICE)
     newton = torch.cat([t.flatten() for t in want.ggn.newton_step(0.1).values()])
     wanted = {"gradient": want.ggn.gradient, "curvatures": want.ggn.curvatures(1), "newton": newton}
     wanted |= {"eigenvalues": want.ggn.eigenvalues, "product": want.ggn @ flat, "solved": want.ggn.solve(flat, 0.1)}
