@@ -30,6 +30,7 @@ def curvature(
     method: str = "auto",
     tol: float = 0.0,
     chunk_size: int | None = None,
+    memory: int | str | None = None,
     progress: bool = False,
     process_group: Any = None,
     precision: str | torch.dtype | None = None,
@@ -74,6 +75,13 @@ def curvature(
         tol: largest relative tail of the coupling coefficients that the coupled way may drop (0: none, exact). Saves
             passes where N·C is large; the error it made is estimated in ``Results.error``.
         chunk_size: most vectors (batch-sized cotangents, or rows ``[*p]``) held at once; default: chosen by bytes.
+        memory: most bytes that the call may hold above the recorded forward pass and its graph: a number, or a string
+            such as ``"2GB"`` or ``"512MiB"`` (KB, MB, GB, TB, KiB, MiB, GiB, TiB). Everything that bncurv holds counts:
+            results, copies of the model's values, what is kept for reuse, and what backward passes need on their way;
+            on CPUs also up to 24 MiB for holes that freed memory leaves. Not the model, the data, the graph, what
+            checkpoints compute again, and workspaces of libraries. Chunks, groups of parameters, rows or graph for
+            `LowRankGGN`, and the way are chosen by it; ``chunk_size`` may ask for less. Default: no limit to all of it
+            together, sizes that are fast.
         progress: show a progress bar, in backward passes.
         process_group: over whose ranks the batch is spread. Default: that of a ``DistributedDataParallel`` model; else
             that of its train-mode ``SyncBatchNorm`` layers; else this process alone. Every rank calls, with its own
@@ -88,7 +96,8 @@ def curvature(
         Frozen results; ``results.<field>[name]`` per quantity.
 
     Raises:
-        TypeError, ValueError: for input that has no such curvature; the message says what arrived and what to do.
+        TypeError, ValueError: for input that has no such curvature; the message says what arrived and what to do. Where
+            ``memory`` is not enough, it names the smallest number of bytes that would do.
         RuntimeError: with ``method="coupled"`` where samples are mixed other than by a known coupled layer.
 
     Example:
@@ -102,7 +111,7 @@ def curvature(
     ranks = ranks_of(model, process_group)
     with ranks.everybody.together():
         check_quantities(quantities)
-        options = Options(method, tol, chunk_size, progress)
+        options = Options(method, tol, chunk_size, progress, memory)
         call = Call(model, loss_fn, forward, params, precision, options, ranks)
 
         def run(undo: Undo) -> Results:

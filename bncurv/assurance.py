@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -132,12 +132,13 @@ class Assurance:
             error: by name, what a truncation has dropped on purpose.
             method: with ``"coupled"`` lost digits are the user's choice, and no reason to go another way.
         """
-        found = self._differences(names, directions, error, [self._probe])
+        found = self._differences(names, directions, error, [lambda: self._probe])
         doubtful = [name for name, d in found.items() if d.theirs]
         anywhere = self._ranks.everybody.union(doubtful, names)
         if anywhere:
             samples = self._shard.total
-            probes = [self._alone(n) for n in range(0, samples, -(-samples // FEW))]
+            make = self._alone if self._products.budget.bounded else functools.cache(self._alone)
+            probes = [functools.partial(make, n) for n in range(0, samples, -(-samples // FEW))]
             alone = self._differences(anywhere, directions, error, probes)
             found |= {n: d._replace(cancelled=True) for n, d in alone.items() if n in doubtful}  # their sum agreed
         return self._said({name: d for name, d in found.items() if not d.theirs}, method)
@@ -152,14 +153,22 @@ class Assurance:
         return one, dict(zip(delta, alone, strict=True))
 
     def _differences(
-        self, names: list[str], directions: Corrections, error: Mapping[str, float], probes: list[Probe]
+        self,
+        names: list[str],
+        directions: Corrections,
+        error: Mapping[str, float],
+        probes: Sequence[Callable[[], Probe]],
     ) -> dict[str, Difference]:
-        """How the coupled way of some probes differs from ordinary passes."""
+        """How the coupled way of some probes, made one after the other, differs from ordinary passes."""
         sums: dict[str, list[Sum]] = {name: [] for name in names}
-        for _, delta in probes:
+        us = list[Tensor]()
+        for probe in probes:
+            u, delta = probe()
+            us.append(u)
             directions.read(delta, 1)
             for name in names:
                 sums[name].append(self._sum(name, delta, directions.correction(name), error.get(name, 0.0)))
+            del delta  # before the next one is made
         values = self._ranks.sums({n: torch.stack([s.value for s in of]) for n, of in sums.items()}, "check")
         coupled = {
             name: Sum(
@@ -180,11 +189,11 @@ class Assurance:
         def anywhere(some: list[str]) -> list[str]:
             found = self._ranks.everybody.union(some, names)
             for name in found:  # on all ranks, whether they need it or not
-                own = max(self._products.terms(name, delta) for _, delta in probes)
+                own = max(self._products.terms(name, probe()[1]) for probe in probes)
                 terms[name] = max(self._ranks.numbers(own))
             return found
 
-        return differences(pull, torch.stack([u for u, _ in probes]), coupled, terms.__getitem__, anywhere)
+        return differences(pull, torch.stack(us), coupled, terms.__getitem__, anywhere)
 
     def _said(self, found: Mapping[str, Difference], method: str) -> list[str]:
         """Warn of differences; the names of those that go the dense way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from bncurv.blocks import Batch
 from bncurv.checks import check_grads, check_precision
 from bncurv.engine import Engine
+from bncurv.memory import Allowance
 from bncurv.quantities import Quantity
 
 
@@ -21,6 +23,7 @@ def compute(
     method: str = "auto",
     chunk_size: int | None = None,
     tol: float = 0.0,
+    limit: Limit | None = None,
 ) -> tuple[dict[str, Any], Engine]:
     """All quantities at one recorded forward pass, nothing computed twice.
 
@@ -31,6 +34,7 @@ def compute(
         method: which way, see `bncurv.curvature`.
         chunk_size: see `bncurv.curvature`.
         tol: see `bncurv.curvature`.
+        limit: to the memory, see `bncurv.curvature`.
 
     Returns:
         For each quantity's field its part, and the engine that made them.
@@ -42,7 +46,8 @@ def compute(
     if keep_own and method == "auto":
         method = "coupled"
     squares = {key for key in sources if all(q.squares_only for q in quantities if key in asked[q.field])}
-    engine = Engine(batch, sources, method, chunk_size, bar.update, tol, keep_own, squares)
+    allowance = None if limit is None else limit.at(batch)
+    engine = Engine(batch, sources, method, chunk_size, bar.update, tol, keep_own, squares, allowance)
     bar.total = (bar.total or 0) + engine.planned
     states = {q.field: q.start(batch) for q in quantities}
     grads = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in batch.parameters.items()}
@@ -54,6 +59,39 @@ def compute(
     check_grads(batch.parameters, grads)
     everybody, sharing = batch.ranks.everybody, batch.ranks.size * batch.ranks.helpers.size
     return {q.field: q.reduce(q.finish(states[q.field]), everybody, sharing) for q in quantities}, engine
+
+
+@dataclass
+class Limit:
+    """A limit to the memory of a call, shared among its mini-batches.
+
+    Attributes:
+        total: bytes.
+        quantities: what is computed.
+        kept: bytes of copies of the model.
+        expected: number of mini-batches, as far as it is known.
+        grown: bytes that quantities hold of those before.
+        number: how many were before.
+    """
+
+    total: int
+    quantities: Sequence[Quantity]
+    kept: int = 0
+    expected: int = 1
+    grown: int = 0
+    number: int = 0
+
+    def at(self, batch: Batch) -> Allowance:
+        """What is left for the next mini-batch; as much as for the last one, if it is known how many come."""
+        size = batch.output.element_size()
+        growing, fixed = (size * sum(q.numbers(batch) for q in self.quantities if q.grows == g) for g in (True, False))
+        self.number += 1
+        count = max(self.expected, self.number)
+        earlier = self.grown + growing * (count - self.number)
+        self.grown += growing
+        merging = self.kept + 2 * (earlier + growing) + 3 * fixed if count > 1 else 0
+        joined = (count - 1).bit_length()  # parts of so many sizes are held apart
+        return Allowance(self.total, growing + fixed, self.kept + earlier + fixed * joined, merging)
 
 
 class _Part(NamedTuple):

@@ -30,6 +30,7 @@ class Batch:
             global ones).
         ranks: those that share batch statistics; ``ranks.everybody``: those whose samples make the loss.
         spread: which samples of the batch are here; ``None``: all.
+        memory: most bytes of the whole call.
         kinds: makes a list of the modules that the parameters belong to: their names and types, by parameter name.
         reads: makes a list of what the graph may read when it is run backward, by what a message calls it.
         kept: what was computed at this batch and serves again; ``None``: nothing is kept.
@@ -47,6 +48,7 @@ class Batch:
     spread: Shard | None = None
     kinds: Callable[[], Mapping[str, tuple[str, str]]] = dict
     kept: dict[Any, Any] | None = None
+    memory: int | None = None
 
     @property
     def samples(self) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bncurv.batch import Merged, compute
+from bncurv.batch import Limit, Merged, compute
 from bncurv.blocks import Batch
+from bncurv.budget import bytes_of
 from bncurv.checks import (
     check_finite,
     check_input,
@@ -26,7 +27,7 @@ from bncurv.chosen import Choice, select_parameters
 from bncurv.division import Division
 from bncurv.graph import trace
 from bncurv.heads import as_one
-from bncurv.inputs import Forward, batches, output_and_target
+from bncurv.inputs import Forward, batches, number_of_batches, output_and_target
 from bncurv.loss_at_batch import LossAtBatch
 from bncurv.losses import check_loss, name_of
 from bncurv.lowrank.recorded import readable
@@ -43,7 +44,7 @@ from bncurv.slow import kinds_of
 from bncurv.spread import Indices
 from bncurv.twins import Twins
 from bncurv.undo import Undo
-from bncurv.untouched import leave_as_is
+from bncurv.untouched import bytes_kept, leave_as_is
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Options:
     tol: float = 0.0
     chunk_size: int | None = None
     progress: bool = False
+    memory: int | str | None = None
 
 
 class Call:
@@ -80,6 +82,7 @@ class Call:
         ranks: Ranks,
     ) -> None:
         check_options(options.method, options.tol, options.chunk_size)
+        self._memory = bytes_of(options.memory)
         self._dtype = dtype_of(precision)
         check_loss(loss_fn)
         self._selected = select_parameters(model, params)
@@ -90,13 +93,16 @@ class Call:
 
     def leave_as_is(self, undo: Undo) -> None:
         """All that is the user's."""
-        leave_as_is(undo, self._model, *([self._loss_fn] if isinstance(self._loss_fn, nn.Module) else []))
+        roots = [self._model, *([self._loss_fn] if isinstance(self._loss_fn, nn.Module) else [])]
+        leave_as_is(undo, *roots)
+        self._copies = bytes_kept(*roots)
 
     def record(self, undo: Undo, data: Any) -> Iterator[Batch]:
         """The mini-batches, each recorded when it is asked for."""
         model, loss_fn, ranks, everybody = self._model, self._loss_fn, self._ranks, self._ranks.everybody
         memo, largest = dict[str, Any](), 0
         twins = Twins(undo, self._dtype, model, loss_fn)
+        self._copies, self._several = self._copies + twins.bytes, number_of_batches(data, self._forward)
         wanted, own = twins.of(self._selected), list(model.parameters())
         recorder = Recorder(model, private=True, ranks=ranks)
         undo.note(recorder.stop)
@@ -115,8 +121,9 @@ class Call:
             reads, kinds = partial(readable, model, X), partial(kinds_of, model)
             spread, traced = self._indices.of(len(output), shared), trace(output, wanted.values())
             batch = Batch(
-                output, loss, wanted, traced, memo=memo, reads=reads, ranks=shared, spread=spread, kinds=kinds
-            )
+                output, loss, wanted, traced, memo=memo, reads=reads, ranks=shared, spread=spread, kinds=kinds,
+                memory=self._memory,
+            )  # fmt: skip
             found = [batch]
             del output, loss, traced, batch  # nothing here keeps the graph
             yield found.pop()
@@ -125,6 +132,7 @@ class Call:
         """All quantities at these mini-batches."""
         everybody, options = self._ranks.everybody, self._options
         merged, weights, passes, way = Merged(quantities, name_of(self._loss_fn)), Weights(), 0, ""
+        limit: Limit | None = None
         bar = tqdm(disable=not options.progress, unit="pass", desc="backward passes", leave=False)
         undo.note(bar.close)
         device = next(iter(self._selected.values())).device
@@ -133,7 +141,9 @@ class Call:
         for batch in recorded:
             generator = generator if merged.batches else batch.ranks.helpers.alike(generator)
             at = replace(batch, generator=generator)
-            parts, engine = compute(at, quantities, bar, options.method, options.chunk_size, options.tol)
+            if self._memory:
+                limit = limit or Limit(self._memory, quantities, self._copies, self._several)
+            parts, engine = compute(at, quantities, bar, options.method, options.chunk_size, options.tol, limit)
             merged.add(parts, everybody.weight(weights.of(batch.loss)), engine.error)
             passes, way = passes + engine.passes, engine.way
             del batch, at, parts, engine

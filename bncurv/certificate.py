@@ -60,15 +60,27 @@ def leaking(pull: Pull, u: Tensor, plain: Gradients, samples: int, orders: Order
     rank = level.argsort(descending=True).argsort()
     for digit in _digits(rank, samples):
         scale = torch.ldexp(1 / level, digit)
-        scaled = pull(_times(u, scale))
-        for i, p in before.items():
-            by, size = (t if i not in of else t[of[i]] for t in (scale, sizes[i]))
-            after = scaled[i]
-            back = torch.zeros_like(p) if after is None else after.reshape(p.shape) / by[:, None].to(p.dtype)
-            if bool(((back - p).abs() > COUPLED[p.dtype] * p.abs() + _rounded(p, size)[:, None]).any()):
-                found.add(i)
+        found |= _moved(pull(_times(u, scale)), before, sizes, scale, of)
         if len(found) == len(before):
             break
+    return found
+
+
+def _moved(
+    scaled: Gradients,
+    before: Mapping[int, Tensor],
+    sizes: Mapping[int, Tensor],
+    scale: Tensor,
+    of: Mapping[int, Tensor],
+) -> set[int]:
+    """Where gradients are not those of before times their samples' scale."""
+    found = set[int]()
+    for i, p in before.items():
+        by, size = (t if i not in of else t[of[i]] for t in (scale, sizes[i]))
+        after = scaled[i]
+        back = torch.zeros_like(p) if after is None else after.reshape(p.shape) / by[:, None].to(p.dtype)
+        if bool(((back - p).abs() > COUPLED[p.dtype] * p.abs() + _rounded(p, size)[:, None]).any()):
+            found.add(i)
     return found
 
 

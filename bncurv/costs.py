@@ -6,17 +6,18 @@ cores (float32): elementwise work per entry, the fixed cost of one call into the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 
-from bncurv.budget import CHUNK_BYTES, DIRECTION_BYTES, ROW_BYTES, WIDEST_BYTES
+from bncurv.budget import TALL, USUAL, Budget
 from bncurv.graph import Trace
 from bncurv.marks import Call
+from bncurv.memory import BATCHED, Memory
 from bncurv.products import Products
 from bncurv.spread import Shard
 from bncurv.structure import ALL, Structure
 
 WORTHWHILE = 3  # fewer backward passes than this are not done at once
-TALL = 128  # rows and directions from which on the correction is bound by arithmetic
 ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
 ROW_ENTRY = 60.0  # one entry of V: written, corrected, squared
 COUPLED = 1.25  # the coupled way's smaller products run at a lower rate
@@ -34,6 +35,11 @@ class Costs:
         squares: whether sums of squares of V are enough for some of them.
         chunk_size: most vectors (cotangents of the batch, rows of V) held at once; ``None`` chooses by bytes.
         shard: which samples of the batch are here.
+        budget: how many bytes.
+        memory: what a cotangent takes, where there is a limit to everything together.
+
+    Attributes:
+        budget: how many bytes.
     """
 
     def __init__(
@@ -46,9 +52,11 @@ class Costs:
         chunk_size: int | None = None,
         *,
         shard: Shard,
+        budget: Budget = USUAL,
+        memory: Memory | None = None,
     ) -> None:
         self._structure, self._products, self._columns = structure, products, columns
-        self._squares_do, self._chunk_size = squares, chunk_size
+        self._squares_do, self._chunk_size, self.budget, self._memory = squares, chunk_size, budget, memory
         self._samples, self._total, self._wanted = shard.largest, shard.total, products.wanted
         self._share = shard.held / products.samples  # of the largest shard: all ranks must decide alike
         self._helpers = shard.helpers
@@ -80,7 +88,14 @@ class Costs:
         calls = [call for j, call in self._calls.items() if sites >> j & 1]
         outputs = [self._entries(call) for call in calls]
         widest = max([1, *outputs, *(p.numel() for call in calls for p in call.parameters.values() if rows)])
-        return min(CHUNK_BYTES // (self._itemsize * max(1, sum(outputs))), WIDEST_BYTES // (self._itemsize * widest))
+        by_all, by_widest = self.budget.chunk // max(1, sum(outputs)), self.budget.widest // widest
+        return min(by_all, by_widest) // self._itemsize
+
+    def _limited(self, count: int, each: Callable[[Memory], int]) -> int:
+        """``count`` cotangents, or as many as keep to the limit with so many bytes each."""
+        if self._memory is None:
+            return count
+        return max(1, min(count, int((self.budget.chunk - self._memory.spare) // (BATCHED * each(self._memory)))))
 
     def _batch(self, sites: int) -> int:
         """How many backward passes to do at once; few large ones are faster one after the other."""
@@ -91,6 +106,12 @@ class Costs:
         """The same for so many columns per sample, of which the squares are asked for."""
         costs = copy(self)
         costs._columns, costs._squares_do = columns, True
+        return costs
+
+    def with_budget(self, budget: Budget) -> Costs:
+        """The same with other sizes."""
+        costs = copy(self)
+        costs.budget = budget
         return costs
 
     def whole(self, count: int) -> float:
@@ -116,7 +137,7 @@ class Costs:
                 calls = -(-count // self.direction_chunk(j)) * len(sites)
                 cost += len(groups) * (count * self._pass(through, sites) + CALL * calls)
         for name in self._wanted:
-            if self._direction_bytes(name) > 4 * DIRECTION_BYTES:
+            if self._direction_bytes(name) > (1 if self._memory else 4) * self.budget.direction:
                 return float("inf")  # one parameter's P alone does not fit
             squares = self._squares_do and self.factored(name, self._columns)
             cost += self._squares(name) if squares else self._rows(name, self._columns)
@@ -150,7 +171,7 @@ class Costs:
         held = float("inf")
         for name in names:
             size = self._direction_bytes(name)
-            if held + size > DIRECTION_BYTES:
+            if held + size > self.budget.direction:
                 found, held = [*found, []], 0.0
             found[-1].append(name)
             held += size
@@ -160,21 +181,27 @@ class Costs:
         """Columns of the loss pulled back at once in the coupled way: at least as many as make A P a tall product."""
         directions = max((self._structure.entries[name] for name in names), default=0)
         tall = -(-TALL // self._samples) if directions > TALL else 1
-        return self._chunk_size or max(tall, self._fitting(ALL, rows=False))
+        count = self._chunk_size or max(tall, self._fitting(ALL, rows=False))
+        if self._memory is None:
+            return count
+        largest = self._itemsize * max((self._wanted[name].numel() for name in names), default=1)
+        return self._limited(min(count, max(1, self.budget.row // largest)), lambda memory: memory.column)
 
     def dense_chunk(self) -> int:
         """Columns pulled back at once in the dense way."""
-        return self._chunk_size or min(128, self._batch(ALL))
+        return self._limited(self._chunk_size or min(128, self._batch(ALL)), lambda memory: memory.dense)
 
     def direction_chunk(self, j: int) -> int:
         """Directions of coupling ``j`` pulled back at once."""
-        return self._chunk_size or self._batch(self._structure.through[j])
+        count = self._chunk_size or self._batch(self._structure.through[j])
+        return self._limited(count, lambda memory: memory.direction(j))
 
     def row_chunk(self, name: str, count: int) -> int:
         """Samples whose rows of V are held at once."""
-        if self._chunk_size:
-            return max(1, self._chunk_size // count)
-        rows = ROW_BYTES // (self._itemsize * max(1, self._wanted[name].numel()))
-        if self._structure.entries[name] > TALL:
+        most = self._chunk_size or self._total * count
+        if self._chunk_size and not self._memory:
+            return max(1, most // count)
+        rows = self.budget.row // (self._itemsize * max(1, self._wanted[name].numel()))
+        if self._structure.entries[name] > TALL and not self._memory:
             rows = max(rows, TALL)  # the correction's matrix product needs that many to run at its rate
-        return max(1, int(rows // count))
+        return max(1, int(min(rows, most) // count))

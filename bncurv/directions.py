@@ -84,9 +84,11 @@ class Directions:
         for name in self._P:
             for i, role in self._structure.uses.get(name, ()):
                 if i == self._structure.direct[j]:
-                    _, own = self._passes.sites[j].coupling.own_cotangents()  # [(moment o), n, *position]
-                    cotangents = rearrange(own, "(m o) n ... -> m n o ...", m=2)
-                    cotangents = cotangents[1:] if i in self._products.centred else cotangents
+                    coupling, width = self._passes.sites[j].coupling, self._structure.width[j]
+                    m = 1 if i in self._products.centred else 2  # the mean drops out where the input is centred
+                    coordinates = torch.arange(width - m * width // 2, width, device=coupling.statistics.device)
+                    _, own = coupling.own_cotangents(coordinates)  # [(moment o), n, *position]
+                    cotangents = rearrange(own, "(m o) n ... -> m n o ...", m=m)
                     self._direct.setdefault(name, []).append((j, self._products.summed_at(i, role, cotangents)))
 
     def _pull(self, sisters: list[int]) -> None:

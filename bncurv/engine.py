@@ -35,13 +35,14 @@ from torch import Tensor
 
 from bncurv.assurance import Assurance
 from bncurv.blocks import Batch, Correction, Rows, Source, Squares, WholeBatch
-from bncurv.budget import chunks
+from bncurv.budget import USUAL, Budget, chunks
 from bncurv.costs import Costs
 from bncurv.directions import Directions
 from bncurv.keeping import Keeping
+from bncurv.memory import Allowance, Memory
 from bncurv.passes import Passes
 from bncurv.products import Products
-from bncurv.slow import warn_of_slow, warn_slow
+from bncurv.slow import listed, warn_of_slow, warn_slow
 from bncurv.structure import Structure
 from bncurv.truncation import TruncatedDirections
 
@@ -74,6 +75,7 @@ class Engine:
         tol: relative tail of the coupling that may be dropped (``truncation.py``); 0: none.
         keep_own: hand out the squared norm of the own part with each block.
         squares: keys of the sources of which `Squares` are enough.
+        allowance: a limit to the memory.
 
     Attributes:
         method: as given.
@@ -83,6 +85,7 @@ class Engine:
         error: with ``tol``, the estimated Frobenius norm of what was dropped from V, by parameter name.
 
     Raises:
+        ValueError: where no way keeps to the limit.
         RuntimeError: with ``method="coupled"`` if samples are mixed by something that is not a known coupling; where
             the backward passes are not those of a linear map.
     """
@@ -97,6 +100,7 @@ class Engine:
         tol: float = 0.0,
         keep_own: bool = False,
         squares: Collection[str] = (),
+        allowance: Allowance | None = None,
     ) -> None:
         self.output, self.wanted, self.trace = batch.output, dict(batch.parameters), batch.trace
         self.shard, self.ranks, samples = batch.shard, batch.ranks, len(batch.output)
@@ -112,12 +116,18 @@ class Engine:
         self._keep_own, self._squares, self._tol = keep_own, squares, tol
         self.method, self._chunk_size, self._tick = method, chunk_size, tick
         self.structure = Structure(self.trace, self.wanted)
+        self._allowance = allowance
+        self.memory = Memory(batch, self.structure, sources, allowance, bool(tol)) if allowance else None
+        budget = self._budget()
         uncentred = keep_own or tol  # these need the own part and the mean's directions as such
         centred = () if uncentred else self.structure.exclusive
-        self.products = Products(self.trace, self.structure, self.wanted, samples, centred, not chunk_size, self.ranks)
-        self.costs = Costs(
-            self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size, shard=self.shard
+        self.products = Products(
+            self.trace, self.structure, self.wanted, samples, centred, not chunk_size, self.ranks, budget
         )
+        self.costs = Costs(
+            self.trace, self.structure, self.products, self._columns, bool(squares), chunk_size, shard=self.shard,
+            budget=budget, memory=self.memory,
+        )  # fmt: skip
         quiet = [p for name, p in self.wanted.items() if self.structure.vanishes(name)]
         self.back = Passes(self.output, self.trace, self.structure, tick, quiet, self.ranks)
         self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()), self.shard)
@@ -127,12 +137,17 @@ class Engine:
         self._causes = self._without_product()
         self.slow = list(self._causes)
         self.way = self._choose() if self._columns else next(iter(self._known.values()), "dense")
+        if self._columns and self.way == "dense":
+            self.costs = self._dense_costs()
         if self.way == "coupled":
             self.products.prepare_means()
 
     def beside(self, batch: Batch, sources: Mapping[str, Source | WholeBatch], squares: Collection[str]) -> Engine:
         """Another one at the same batch, for sources that turn out to be wanted."""
-        return Engine(batch, sources, self.method, self._chunk_size, self._tick, squares=squares)
+        allowance = self._allowance
+        return Engine(
+            batch, sources, self.method, self._chunk_size, self._tick, squares=squares, allowance=allowance
+        )
 
     def went(self, way: str, passes: int = 0) -> None:
         """Note a procedure's way, where there are no other sources to have one, and passes it took beside this."""
@@ -145,6 +160,29 @@ class Engine:
         return self.back.count
 
     # ---------------------------------------------------------------- which way
+    def _budget(self) -> Budget:
+        """How many bytes; and which ways keep to the limit."""
+        if self.memory is None:
+            return USUAL
+        ways = ["coupled", "dense"] if self.method == "auto" else [self.method]
+        ways = ways if self._columns else ["dense"]
+        self.memory.demand(ways)
+        if self._procedures:  # they choose for themselves
+            ways = ["coupled", *ways]
+        way = next(way for way in ways if self.memory.fits(way))
+        self.method = "dense" if way == "dense" and self._columns else self.method
+        return self.memory.budget(way)
+
+    def _dense_costs(self) -> Costs:
+        """Those of sizes for the dense way, where there is a limit to keep to."""
+        if self.memory is None or not self.memory.fits("dense"):
+            return self.costs
+        return self.costs.with_budget(self.memory.budget("dense"))
+
+    def _demand_dense(self, why: str) -> None:
+        if self.memory:
+            self.memory.demand(["dense"], why)
+
     def _without_product(self) -> dict[str, str]:
         """Parameters that must go the dense way, and why."""
         loose = {id(p) for p in self.trace.loose}
@@ -159,9 +197,11 @@ class Engine:
         if self.method == "dense":
             return "dense"
         if self.slow:
+            self._demand_dense(f"{listed(self.slow)} must go the dense way.")
             self._warn(self.slow)
         everybody = self.ranks.everybody  # all take the same way, for they meet again in messages
-        cheaper = self.method == "auto" and self.costs.dense() <= self.costs.coupled(self.slow)
+        cheaper = self.method == "auto" and self._dense_costs().dense() <= self.costs.coupled(self.slow)
+        cheaper = cheaper and (self.memory is None or self.memory.fits("dense"))
         if everybody.all(cheaper) and not self._checks.offset():
             return "dense"
         problem = self._checks.mixing()
@@ -170,6 +210,7 @@ class Engine:
         if problem and self.method == "coupled":
             raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
         if problem:
+            self._demand_dense(problem)
             warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
         strange = [n for n in self.wanted if n not in self.slow and self.structure.sites(n) & self._checks.strange]
         strange = everybody.union(strange, self.wanted)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bncurv.blocks import Batch, Rows
-from bncurv.quantities import Parameters, Quantity, Result
+from bncurv.frontier import graph_bytes
+from bncurv.quantities import Parameters, Quantity, Result, entries
 from bncurv.ranks import Ranks
 from bncurv.weighting import Influence
 
@@ -38,6 +39,10 @@ class InfluenceGrad(Quantity):
 
     field = "grad_influence"
     per_component = True
+
+    def numbers(self, batch: Batch) -> int:
+        """g_n, all rows that they are made from, and the graph of a backward pass."""
+        return 2 * entries(batch) * batch.samples + 2 * graph_bytes(batch.output) // batch.output.element_size()
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """A way of its own."""
@@ -68,6 +73,15 @@ class InfluenceProjection(Quantity):
         super().__init__()
         self.direction = None if direction is None else dict(direction)
         self.result: Tensor | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Sample by sample."""
+        return True
+
+    def numbers(self, batch: Batch) -> int:
+        """Two gradients, and the graphs of two backward passes."""
+        return 2 * entries(batch) + 3 * graph_bytes(batch.output) // batch.output.element_size()
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """A way of its own."""

@@ -16,6 +16,24 @@ _CONTAINERS = ("tuple", "list", "sequence", "iterable")  # words of annotations
 Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 
+def number_of_batches(data: Any, forward: Forward | None = None) -> int:
+    """How many mini-batches there are; 1 where it is not known."""
+    try:
+        return 1 if _is_one(data, forward) else len(data)
+    except (TypeError, NotImplementedError):  # of an iterator
+        return 1
+
+
+def _is_one(data: Any, forward: Forward | None) -> bool:
+    """Whether data are one batch."""
+    if forward is not None:
+        return isinstance(data, Tensor | tuple) or hasattr(data, "keys") or not isinstance(data, Iterable)
+    if isinstance(data, tuple | list) and len(data) == 2:
+        several = isinstance(data[1], Mapping) and not isinstance(data[0], Mapping)
+        return several or any(isinstance(t, Tensor) for t in data)
+    return isinstance(data, tuple) and len(data) > 2 and all(isinstance(t, Tensor) for t in data)
+
+
 def batches(data: Any, forward: Forward | None = None) -> Iterator[tuple[Any, Any]]:
     """The mini-batches as pairs of what the model gets and the target; with ``forward`` a batch and ``None``.
 
@@ -28,14 +46,9 @@ def batches(data: Any, forward: Forward | None = None) -> Iterator[tuple[Any, An
                 f"data is {'None' if data is None else 'a list of tensors'}; with forward=, a tuple or a mapping is "
                 "one batch and a list yields batches. Pass tuple(data) for one batch, iter(data) for many."
             )
-        one = isinstance(data, Tensor | tuple) or hasattr(data, "keys") or not isinstance(data, Iterable)
-        yield from ((batch, None) for batch in ([data] if one else data))
+        yield from ((batch, None) for batch in ([data] if _is_one(data, forward) else data))
         return
-    if isinstance(data, tuple | list) and len(data) == 2:
-        several = isinstance(data[1], Mapping) and not isinstance(data[0], Mapping)
-        if several or any(isinstance(t, Tensor) for t in data):
-            data = [data]
-    if isinstance(data, tuple) and len(data) > 2 and all(isinstance(t, Tensor) for t in data):
+    if _is_one(data, None):
         data = [data]
     if not isinstance(data, Iterable):
         raise TypeError(f"data is {type(data).__name__}; expected one batch (X, y), or an iterable of such pairs.")

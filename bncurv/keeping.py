@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bncurv.blocks import Rows, Source, Squares
-from bncurv.budget import SMALL_BYTES
+from bncurv.budget import USUAL
 from bncurv.ranks import Ranks
 
 Block = Rows | Squares
@@ -44,7 +44,7 @@ class Keeping:
         found: dict[str, list[Rows] | None] = {}
         for key, source in sources.items() if self._rows is not None else ():
             size = self._samples * source.columns_per_sample * self._row
-            found[key] = [] if size <= SMALL_BYTES else None
+            found[key] = [] if size <= USUAL.small else None
         for key, block in blocks:
             rows = found.get(key)
             if rows is not None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bncurv.blocks import Batch, Rows, Source, WholeBatch
-from bncurv.budget import SMALL_BYTES
+from bncurv.budget import USUAL
+from bncurv.frontier import graph_bytes
 from bncurv.lowrank import BatchOperator, LowRank, MatrixFreeGGN
 from bncurv.lowrank.rows import OF_NONE
-from bncurv.quantities import Parameters, Quantity, combine
+from bncurv.quantities import Parameters, Quantity, combine, entries
 from bncurv.ranks import Ranks
 
 
@@ -113,6 +114,24 @@ class LowRankGGN(Quantity):
         sources = super().sources(batch)
         return sources if batch.loss.weights is None else {"factor": sources["factor"]}
 
+    @property
+    def grows(self) -> bool:
+        """Rows of V, or graphs."""
+        return True
+
+    def numbers(self, batch: Batch) -> int:
+        """V and g_n; or the operator."""
+        if self._works_free(batch):
+            return self._operator_numbers(batch)
+        whole = batch.loss.whole
+        rows = len(whole.columns) if whole is not None else batch.samples * batch.loss.factor.columns_per_sample
+        return entries(batch) * (rows + (batch.samples if whole is not None or batch.loss.weights is None else 0))
+
+    def _operator_numbers(self, batch: Batch) -> int:
+        """The graph, that of its backward pass (twice differentiable), Lanczos vectors and eigenvectors."""
+        vectors = max(2 * (self.top or 0) + 1, 20) + 3 * (self.top or 0) + 8
+        return 4 * graph_bytes(batch.output) // batch.output.element_size() + vectors * entries(batch)
+
     def _works_free(self, batch: Batch) -> bool:
         """Whether to work matrix-free: decided by the first mini-batch. Refuses a V that does not fit."""
         whole, free, several = batch.loss.whole, self.matrix_free, batch.ranks.everybody.size > 1
@@ -130,8 +149,8 @@ class LowRankGGN(Quantity):
             )
         if free is None:
             able = whole is None and self.top is not None and self.groups is None and batch.graph_survives
-            free = batch.memo.setdefault(self.field, able and need > SMALL_BYTES)
-        if not free and need > self.memory:
+            free = batch.memo.setdefault(self.field, able and self._better_free(batch, need))
+        if not free and need > max(self.memory, batch.memory or 0):  # what the call may hold is seen to elsewhere
             raise ValueError(
                 f"LowRankGGN needs {need / 2**30:.1f} GiB for V (N={samples}, {rows // samples} "
                 f"columns per sample, {sum(p.numel() for p in batch.parameters.values())} parameters), more than "
@@ -139,6 +158,14 @@ class LowRankGGN(Quantity):
                 "parameters (params=...), or raise memory=."
             )
         return bool(free)
+
+    def _better_free(self, batch: Batch, need: int) -> bool:
+        """Whether the network's graph is faster than a V of so many bytes; or, of what there is, smaller by far."""
+        small = USUAL.small
+        if batch.memory is None or need <= min(small, batch.memory // 4):
+            return need > small
+        numbers = self._operator_numbers(batch)
+        return max(batch.ranks.everybody.numbers(numbers)) * batch.output.element_size() < need
 
     def start(self, batch: Batch) -> _Collected:
         """Empty V ``[N, C, *p]`` and gradients ``[N, *p]``; or the operator of the mini-batch."""

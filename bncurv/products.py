@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bncurv.blocks import Correction
-from bncurv.budget import RIGHT_BYTES, ROW_BYTES, chunks
+from bncurv.budget import USUAL, Budget, chunks
 from bncurv.graph import Trace
 from bncurv.layers.base import Layer, Product
 from bncurv.linearity import Verdict, examine
@@ -36,6 +36,7 @@ class Products:
             mean only: for z = W x the mean's part of the coupling makes Σ_s δ_s x_s to Σ_s δ_s (x_s - x̄). Centring x
             does it for nothing, and what cancels (a bias, a constant feature) is never formed.
         keep: whether operands made from the layers' inputs are kept for the next use.
+        budget: how much of them, and how much is made of them at once.
         ranks: those that share batch statistics: means are over the samples of all of them.
     """
 
@@ -48,11 +49,12 @@ class Products:
         centred: Collection[int] = (),
         keep: bool = True,
         ranks: Ranks = ALONE,
+        budget: Budget = USUAL,
     ) -> None:
-        self._ranks = ranks
+        self._ranks, self.budget = ranks, budget
         self._trace, self._structure, self.wanted, self.samples = trace, structure, wanted, samples
         self.uses, self.centred = structure.uses, centred
-        self._room = RIGHT_BYTES if keep else 0
+        self._room = budget.right if keep else 0
         self._rights: dict[tuple[int, str], Tensor] = {}
         self._first: dict[tuple[int, str], Tensor | None] = {}
         self._kept: dict[tuple[int, str], bool] = {}
@@ -91,9 +93,10 @@ class Products:
 
     # ---------------------------------------------------------------- the layer's input
     def _one_row(self, j: int, role: str) -> Tensor | None:
-        """Right operand of the first row of the layer's input, ``[g, 1, s, i]``; ``None`` for ones."""
+        """Right operand of the first row of the layer's input, ``[g, 1, s, i]``, without its values; ``None``: ones."""
         if (j, role) not in self._first:
-            self._first[j, role] = self._trace.sites[j].call.right(role, slice(0, 1))
+            one = self._trace.sites[j].call.right(role, slice(0, 1))
+            self._first[j, role] = None if one is None else one.to("meta")
         return self._first[j, role]
 
     def _size(self, j: int, role: str) -> int:
@@ -103,7 +106,7 @@ class Products:
 
     def piece(self, j: int, role: str) -> int:
         """So many input rows' operands that are not kept are made at once: they stay in cache."""
-        return max(1, ROW_BYTES // max(1, self._size(j, role)))
+        return max(1, self.budget.row // max(1, self._size(j, role)))
 
     def _centred_ones(self, j: int, role: str) -> bool:
         """Whether an operand is zero: a bias's ones, less their mean."""
@@ -164,8 +167,12 @@ class Products:
         shape = call.arguments[role].shape
         if self._centred_ones(j, role):
             return delta.new_zeros(len(delta), *shape)
-        product = Product(call.layer.left(role, call.arguments, call.by_sample(delta)), self.right(j, role))
-        return call.layer.unfold(role, product.summed(), shape)
+        delta, whole = call.by_sample(delta), self._keep(j, role) or not self.budget.bounded or not self._size(j, role)
+        parts = [
+            Product(call.layer.left(role, call.arguments, delta[:, rows]), self.right(j, role, rows)).summed()
+            for rows in chunks(call.rows, call.rows if whole else self.piece(j, role))
+        ]
+        return call.layer.unfold(role, sum(parts[1:], parts[0]), shape)
 
     def summed(self, name: str, delta: dict[int, Tensor | None], count: int, sums: Mapping[int, Tensor]) -> Tensor:
         """A parameter's product with ``count`` cotangents at its sites, summed over the batch: ``[q, *p]``.
@@ -308,4 +315,4 @@ class Products:
         assert right is not None
         d = right.new_zeros(count, *call.output) if d is None else d
         left = call.layer.left(role, call.arguments, call.by_sample(d))[:, :, 0, :, 0]
-        return sum_squares(left[:, n], right[0, n, 0], correction).view_as(self.wanted[name])
+        return sum_squares(left[:, n], right[0, n, 0], correction, self.budget).view_as(self.wanted[name])

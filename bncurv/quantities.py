@@ -50,6 +50,15 @@ class Quantity(BackpropExtension):
     coupled_only: ClassVar[bool] = False
     squares_only: ClassVar[bool] = False
 
+    @property
+    def grows(self) -> bool:
+        """Whether mini-batches are concatenated, so that the result grows with their number."""
+        return self.per_component
+
+    def numbers(self, batch: Batch) -> int:
+        """How many numbers it holds of one mini-batch; with ``memory=`` they count, default: those of `start`."""
+        return entries(batch) * (batch.samples if self.per_component else 1)
+
     def __init__(self) -> None:
         super().__init__(self.field, {}, fail_mode="SILENT")
 
@@ -129,6 +138,11 @@ class Quantity(BackpropExtension):
                 delattr(p, field)
 
 
+def entries(batch: Batch) -> int:
+    """D."""
+    return sum(p.numel() for p in batch.parameters.values())
+
+
 def zeros(parameters: Parameters, *lead: int) -> Result:
     """Zeros ``[*lead, *p]`` for every parameter."""
     return {name: torch.zeros((*lead, *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
@@ -138,8 +152,11 @@ def combine(parts: Sequence[Result], factors: Sequence[float], axis: int | None 
     """Weighted sum of results, or their concatenation along an axis, by parameter name."""
     if len(parts) == 1 and factors[0] == 1:
         return parts[0]
-    scaled = {name: [f * part[name] for f, part in zip(factors, parts, strict=True)] for name in parts[0]}
-    return {name: sum(ts[1:], ts[0]) if axis is None else torch.cat(ts, axis) for name, ts in scaled.items()}
+    found = {}
+    for name in parts[0]:
+        ts = [part[name] if f == 1 else f * part[name] for f, part in zip(factors, parts, strict=True)]
+        found[name] = sum(ts[1:], ts[0]) if axis is None else torch.cat(ts, axis)
+    return found
 
 
 def _squares(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
@@ -159,17 +176,23 @@ class ComponentGrad(Quantity):
     wants = ("gradient",)
     per_component = True
 
-    def start(self, batch: Batch) -> dict[str, list[Tensor]]:
-        """No samples yet."""
-        return {name: [t] for name, t in zeros(batch.parameters, 0).items()}
+    def start(self, batch: Batch) -> tuple[int, Result]:
+        """N, and no samples yet."""
+        return batch.samples, {} if batch.samples else zeros(batch.parameters, 0)
 
-    def add(self, state: dict[str, list[Tensor]], key: str, rows: Rows) -> None:
-        """g_n; blocks come in the order of the samples."""
-        state[rows.name].append(rows.values[:, 0])
+    def add(self, state: tuple[int, Result], key: str, rows: Rows) -> None:
+        """g_n; without a copy where all come at once."""
+        (samples, found), values = state, rows.values[:, 0]
+        if len(values) == samples:
+            found[rows.name] = values.contiguous()
+        else:
+            if rows.name not in found:
+                found[rows.name] = values.new_empty(samples, *values.shape[1:])
+            found[rows.name][rows.n] = values
 
-    def finish(self, state: dict[str, list[Tensor]]) -> Result:
-        """All samples; without a copy where they came at once."""
-        return {name: torch.cat(parts) if parts[2:] else parts[-1].contiguous() for name, parts in state.items()}
+    def finish(self, state: tuple[int, Result]) -> Result:
+        """All samples."""
+        return state[1]
 
 
 class ComponentL2Grad(Quantity):
@@ -183,6 +206,10 @@ class ComponentL2Grad(Quantity):
     def start(self, batch: Batch) -> Result:
         """Zeros ``[N]``."""
         return {name: p.new_zeros(batch.samples) for name, p in batch.parameters.items()}
+
+    def numbers(self, batch: Batch) -> int:
+        """N for each parameter."""
+        return batch.samples * len(batch.parameters)
 
     def add(self, state: Result, key: str, rows: Rows) -> None:
         """‖g_n‖²."""
@@ -230,6 +257,10 @@ class ComponentVariance(Quantity):
 
     field = "variance"
     wants = ("gradient",)
+
+    def numbers(self, batch: Batch) -> int:
+        """Means and spreads."""
+        return 2 * entries(batch)
 
     def start(self, batch: Batch) -> dict[str, Moments]:
         """No values yet."""
@@ -303,6 +334,15 @@ class SqrtGGNExact(Quantity):
 
     field = "sqrt_ggn_exact"
     degree = 0.5
+
+    @property
+    def grows(self) -> bool:
+        """Along the samples."""
+        return True
+
+    def numbers(self, batch: Batch) -> int:
+        """All rows of V."""
+        return entries(batch) * batch.output.numel()
 
     def start(self, batch: Batch) -> Result:
         """Zeros ``[C, N, *p]``."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from bncurv.blocks import Batch, Rows
 from bncurv.quantities import Quantity
 from bncurv.ranks import Ranks
+from bncurv.structure import Structure
 
 
 @dataclass(eq=False, repr=False)
@@ -63,6 +64,14 @@ class CouplingReport(Quantity):
     def __init__(self) -> None:
         super().__init__()
         self.result: dict[str, LayerCoupling] = {}
+
+    def numbers(self, batch: Batch) -> int:
+        """AᵀA and P of all parameters in float64, the largest ones as they are made too."""
+        structure, held = Structure(batch.trace, batch.parameters), [0]
+        for name, p in batch.parameters.items():
+            directions = structure.entries[name] + 2 * p.shape[:1].numel()
+            held.append(directions * (2 * directions + p.numel()))
+        return (sum(held) + 4 * max(held)) * 8 // batch.output.element_size()
 
     def start(self, batch: Batch) -> Any:
         """Per parameter: own and full trace, AᵀA, P."""

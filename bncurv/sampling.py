@@ -25,9 +25,9 @@ from scipy.special import chdtri
 from torch import Tensor
 
 from bncurv.blocks import Batch, Rows, Source, Squares, WholeBatch
-from bncurv.deflation import Deflated, Goal, Tail
+from bncurv.deflation import FEWEST, Deflated, Goal, Tail
 from bncurv.factor import Factor
-from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, combine, zeros
+from bncurv.quantities import Quantity, Result, SqrtGGNExact, _squares, combine, entries, zeros
 from bncurv.ranks import Ranks
 
 STRIDE = 0x9E3779B97F4A7C15  # between the seeds of ranks
@@ -160,6 +160,11 @@ class DiagGGNMC(_Sampled):
             return {f"deflated {id(self)}": Deflated(batch, self.goal, self._random(batch))}
         return {f"mixed {id(self)}": WholeBatch(self.draw(batch).columns(slice(None)))}
 
+    def numbers(self, batch: Batch) -> int:
+        """Sums and what they are made into; with a goal also those of its way, for an error its first draws."""
+        first = 2 * FEWEST if self.goal and self.goal.rtol else 0
+        return (6 + (2 if self.goal else 0) + first) * entries(batch)
+
     def start(self, batch: Batch) -> Estimate:
         """Sums; without a goal of squares and of fourth powers."""
         return Estimate(zeros(batch.parameters), zeros(batch.parameters), zeros(batch.parameters))
@@ -252,6 +257,10 @@ class SqrtGGNMC(_PerComponentSampled, SqrtGGNExact):
     """
 
     field = "sqrt_ggn_mc"
+
+    def numbers(self, batch: Batch) -> int:
+        """All rows."""
+        return self.mc_samples * entries(batch) * batch.samples
 
     def start(self, batch: Batch) -> Result:
         """Zeros ``[M, N, *p]``."""

@@ -27,6 +27,7 @@ FLOOR = 1e-4  # of the trace: what a basis leaves at least, for a sketch may see
 SMALLEST = 1e-8  # of the largest eigenvalue: what is below is rounding
 WORTHWHILE = 2.0  # passes allowed, per pass of the sketch, from which on it is made
 MANY = 2**25  # numbers of a sketch at most
+COPIES = 48  # bytes of each, with what is made of it in float64
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,23 @@ def basis(engine: Engine, batch: Batch, passes: int | None) -> Basis:
     passes are too many, the columns of S themselves, by length.
     """
     loss, ranks = batch.loss, engine.ranks
+    most = engine.costs.budget.chunk // COPIES if engine.memory else MANY
     if loss.whole is not None:
-        return _by_length(loss.whole.columns.flatten(1).norm(dim=1), ranks, engine.shard.first)
+        return _by_length(loss.whole.columns.flatten(1).norm(dim=1), ranks, engine.shard.first, most)
     factor = loss.factor
     lengths = factor.blocks.norm(dim=2).flatten()
     count = factor.columns_per_sample
     total = engine.shard.everywhere if engine.shard.helpers > 1 else engine.shard.total
-    first, width = engine.shard.first * count, min(WIDTH, MANY // (total * count))
+    first, width = engine.shard.first * count, min(WIDTH, most // (total * count))
     names = [n for n in engine.wanted if n not in engine.slow and not engine.products.vanishes(n)]
     if not names or width < NARROW * len(names) or (passes is not None and passes < WORTHWHILE * count):
-        return _by_length(lengths, ranks, first)
+        return _by_length(lengths, ranks, first, most)
     checks = Assurance(engine.back, engine.trace, engine.products, [factor], engine.shard)
     if ranks.everybody.any(checks.mixing() is not None):
-        return _by_length(lengths, ranks, first)
+        return _by_length(lengths, ranks, first, most)
     names = [n for n in names if not engine.structure.sites(n) & checks.strange]
     if not names:
-        return _by_length(lengths, ranks, first)
+        return _by_length(lengths, ranks, first, most)
     engine.products.prepare_means()
     Y = ranks.rows(_sketch(engine, batch, names, width), "sketch")
     values, Q = _left(Y.double())
@@ -95,10 +97,10 @@ def _basis(values: Tensor, Q: Tensor, spent: int) -> Basis:
     return Basis(Q, tails[: Q.shape[1] + 1].clamp(min=0).tolist(), spent)
 
 
-def _by_length(lengths: Tensor, ranks: Ranks, first: int) -> Basis:
+def _by_length(lengths: Tensor, ranks: Ranks, first: int, most: int) -> Basis:
     """Columns of S, the longest first."""
     squares = ranks.rows(lengths, "sketch").double().square()
-    order = squares.argsort(descending=True, stable=True)[:WIDTH]
+    order = squares.argsort(descending=True, stable=True)[: max(1, min(WIDTH, most // len(squares)))]
     own = torch.arange(first, first + len(lengths), device=order.device)
     rest = squares.sum() - squares[order].sum()
     values = torch.cat([squares[order], rest[None]])

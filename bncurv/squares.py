@@ -19,17 +19,18 @@ from einops import rearrange
 from torch import Tensor
 
 from bncurv.blocks import Correction
-from bncurv.budget import BLOCK_BYTES, ROW_BYTES, chunks
+from bncurv.budget import USUAL, Budget, chunks
 from bncurv.precision import KEPT
 
 
-def sum_squares(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
+def sum_squares(left: Tensor, right: Tensor, correction: Correction, budget: Budget = USUAL) -> Tensor:
     """Σ_k V[k]², ``[o, i]``.
 
     Args:
         left: δ ``[c, n, o]``.
         right: x ``[n, i]``.
         correction: A, P and the direct pairs, P and p in the shape ``[..., o, i]`` or one that flattens to it.
+        budget: how much is made at once.
     """
     o, i = left.shape[2], right.shape[1]
     direct = [(a, p.reshape(-1, o, i)) for a, p in correction.direct]
@@ -43,9 +44,9 @@ def sum_squares(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
         total += (p * (2 * w + torch.einsum("mko,koi->moi", z, p))).sum(0)
         terms += torch.einsum("mmo,moi->oi", z, p.square())
     if correction.A is not None and correction.P is not None:
-        _add_directions(total, terms, left, right, correction.A, correction.P.reshape(-1, o, i), direct)
+        _add_directions(total, terms, left, right, correction.A, correction.P.reshape(-1, o, i), direct, budget.block)
     lost = (total < KEPT[total.dtype] * terms).flatten().nonzero()[:, 0]
-    for f in lost.split(max(1, 8 * ROW_BYTES // (left.shape[0] * left.shape[1] * left.element_size()))):
+    for f in lost.split(max(1, 8 * budget.row // (left.shape[0] * left.shape[1] * left.element_size()))):
         total.view(-1)[f] = _entries(left, right, correction, f).square().sum((0, 1))
     return total
 
@@ -58,13 +59,14 @@ def _add_directions(
     A: Tensor,
     P: Tensor,
     direct: list[tuple[Tensor, Tensor]],
+    block: int,
 ) -> None:
     """Add everything with P to the sum and to the squares of its terms; some q at a time."""
     by_sample, columns, flat = left.transpose(0, 1), A.flatten(0, 1), P.flatten(1)  # [n, c, o], [k, q], [q, (o i)]
     half_Z = 0.5 * columns.T @ columns
     pairs = [(columns.T @ a[:, :, m].flatten(0, 1), p[m]) for a, p in direct for m in range(len(p))]
     each = flat.element_size() * max(flat.shape[1], by_sample.shape[0] * by_sample.shape[2])
-    for q in chunks(len(P), max(1, BLOCK_BYTES // each)):
+    for q in chunks(len(P), max(1, block // each)):
         weights = rearrange(A[..., q].mT @ by_sample, "n q o -> (q o) n")
         rest = (half_Z[q] @ flat).view(-1, right.shape[1]).addmm_(weights, right).view_as(P[q])
         for Y, p in pairs:

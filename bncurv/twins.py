@@ -82,6 +82,11 @@ class Twins:
         return cast(value, self._dtype)
 
     @property
+    def bytes(self) -> int:
+        """Of all twins."""
+        return sum(t.numel() * t.element_size() for t in self._twins.values())
+
+    @property
     def others(self) -> dict[str, Tensor]:
         """The originals, by what a message calls them: nothing may depend on them."""
         return {f"{name} (the original)": p for name, p in self._originals.items() if p.requires_grad}

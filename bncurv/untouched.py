@@ -162,6 +162,14 @@ def keep_values(undo: Undo, tensors: Iterable[tuple[str, Tensor]]) -> None:
         undo.note(partial(_put_back, t, found, [(part, part.clone()) for part in _memory(found)]))
 
 
+def bytes_kept(*roots: nn.Module) -> int:
+    """Bytes of what `leave_as_is` keeps: parameters, their ``.grad`` and buffers."""
+    parameters = [p for root in roots for p in root.parameters()]
+    tensors = [*parameters, *(b for root in roots for b in root.buffers())]
+    tensors += [p.grad for p in parameters if p.grad is not None]
+    return sum(part.numel() * part.element_size() for t in tensors for part in _memory(t.detach()))
+
+
 def _memory(t: Tensor) -> list[Tensor]:
     """Plain tensors that are the memory of a tensor, each cell once."""
     if t.is_meta or t.is_mkldnn:  # there is none, or none that is accessible

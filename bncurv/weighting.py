@@ -30,6 +30,7 @@ from bncurv.budget import chunks
 from bncurv.certificate import leaks
 from bncurv.directions import Directions
 from bncurv.engine import Engine, Procedure
+from bncurv.memory import Memory
 from bncurv.precision import FORMULA, ROUNDING, ulp
 from bncurv.probes import pattern
 
@@ -54,7 +55,12 @@ class Influence(Procedure):
     def _cut(self, engine: Engine) -> bool:
         statistics = sum(engine.structure.width.values())
         samples = engine.shard.everywhere if engine.ranks.divides else engine.shard.total  # on all ranks alike
-        return not engine.slow and samples > WORTHWHILE * statistics > 0
+        cheaper = not engine.slow and samples > WORTHWHILE * statistics > 0
+        return cheaper and (engine.memory is None or self._fits(engine, engine.memory))
+
+    def _fits(self, engine: Engine, memory: Memory) -> bool:
+        """Whether there is room for P of all parameters at once."""
+        return memory.fits("coupled") and len(engine.costs.groups(list(engine.wanted))) == 1
 
     def pull(self, engine: Engine) -> Iterator[Rows]:
         """Blocks of g_n; or all projections as one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from bncurv import (
     extend,
 )
 from bncurv.alarm import INTERVAL
+from bncurv.budget import Budget
 from bncurv.costs import Costs
 from bncurv.deflation import Deflated
 from bncurv.passes import Passes
@@ -149,6 +151,16 @@ def told(res: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- the jobs
 def exact(net: str, shards: tuple[int, ...], method: str, **options: Any) -> dict[str, Any]:
     return told(curvature(synced(NETS[net]()), CE, mine(shards), *quantities(), method=method, **options))
+
+
+def limited(shards: tuple[int, ...], method: str) -> dict[str, Any]:
+    """At the smallest budget, which is that of the rank that needs most."""
+    model, data = synced(cnn()), mine(shards)
+    try:
+        curvature(model, CE, data, *quantities(), method=method, memory=1)
+    except ValueError as error:
+        budget = int(re.findall(r"memory=(\d+)", str(error))[1])
+    return told(curvature(model, CE, data, *quantities(), method=method, memory=budget)) | {"budget": budget}
 
 
 def loader(shards: tuple[int, ...]) -> dict[str, Any]:
@@ -325,7 +337,7 @@ def point(count: int, shared: bool) -> list[dict[str, Any]]:
     model, data = (synced(mlp()), mine((count - 2, 2))) if shared else (mlp(), batch(count))
     with MonkeyPatch.context() as patch:
         small = 8 * 2 * (count - 2 if shared else -(-count // 2)) * sum(p.numel() for p in model.parameters())
-        patch.setattr("bncurv.keeping.SMALL_BYTES", small - 1)
+        patch.setattr("bncurv.keeping.USUAL", Budget(small=small - 1))
         with at(model, CE, data, process_group=dist.group.WORLD) as here:
             return [told(here(*asked)) for asked in ([LowRankGGN()], [DiagGGNExact(), LowRankGGN()], [ComponentGrad()])]
 

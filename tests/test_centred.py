@@ -18,6 +18,7 @@ from bncurv import (
     curvature,
     reference,
 )
+from bncurv.budget import Budget
 from bncurv.engine import Engine
 
 
@@ -101,8 +102,7 @@ def test_padding_modes(one, centred):
 @pytest.mark.parametrize("one", CONVS[:3], ids=str)
 def test_inputs_kept_or_not(one, room, monkeypatch):
     """Centred operands are made again for every use where they take too much memory."""
-    monkeypatch.setattr("bncurv.products.RIGHT_BYTES", room)
-    monkeypatch.setattr("bncurv.products.ROW_BYTES", room)
+    monkeypatch.setattr("bncurv.engine.USUAL", Budget(right=room, row=room))
     assert_exact(one)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import bncurv
 from bncurv import CouplingReport, DiagGGNExact, SqrtGGNExact, curvature, reference
+from bncurv.budget import Budget
 from bncurv.directions import Directions
 
 NAMES = ("residual_cnn", "two_bns", "resnet", "densenet", "block_twice")
@@ -180,7 +181,7 @@ def test_directions_in_groups_of_parameters(budget, tol, monkeypatch):
     """Where P does not fit into the budget, parameters are worked on in groups: the same numbers, more passes."""
     model, loss_fn, X, y = SOME[-1].build()
     whole = curvature(model, loss_fn, (X, y), DiagGGNExact(), bncurv.ComponentGrad(), method="coupled")
-    monkeypatch.setattr("bncurv.costs.DIRECTION_BYTES", budget)
+    monkeypatch.setattr("bncurv.engine.USUAL", Budget(direction=budget))
     parts = curvature(model, loss_fn, (X, y), DiagGGNExact(), bncurv.ComponentGrad(), method="coupled", tol=tol)
     assert parts.passes > whole.passes
     for field in ("diag_ggn_exact", "grad_component"):
@@ -192,7 +193,7 @@ def test_error_in_groups_of_parameters(monkeypatch):
     """That of every parameter, whatever group it was in."""
     model, loss_fn, X, y = trained_resnet()
     whole = curvature(model, loss_fn, (X, y), DiagGGNExact(), method="coupled", tol=0.1)
-    monkeypatch.setattr("bncurv.costs.DIRECTION_BYTES", 0)
+    monkeypatch.setattr("bncurv.engine.USUAL", Budget(direction=0))
     parts = curvature(model, loss_fn, (X, y), DiagGGNExact(), method="coupled", tol=0.1)
     assert parts.passes > whole.passes and len(whole.error) > 3
     assert parts.error == pytest.approx(whole.error)
@@ -211,6 +212,6 @@ def test_one_group_of_directions_at_a_time(monkeypatch):
 
     model, loss_fn, X, y = SOME[-1].build()
     monkeypatch.setattr(Directions, "__init__", counted)
-    monkeypatch.setattr("bncurv.costs.DIRECTION_BYTES", 0)
+    monkeypatch.setattr("bncurv.engine.USUAL", Budget(direction=0))
     curvature(model, loss_fn, (X, y), DiagGGNExact(), bncurv.ComponentGrad(), method="coupled")
     assert len(made) > 2 and set(made) == {1}

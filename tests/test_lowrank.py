@@ -13,6 +13,7 @@ from torch import nn
 
 import bncurv
 from bncurv import LowRankGGN, SlowPathWarning, curvature, reference
+from bncurv.budget import Budget
 from bncurv.lowrank import gram, one_blas_thread
 
 EXACT = [*MODELS, *ARCHITECTURES, *LOSSES]
@@ -225,7 +226,7 @@ def test_matrix_free(case):
 
 
 def test_matrix_free_over_batches_is_the_default_for_top(monkeypatch):
-    monkeypatch.setattr("bncurv.lowrank_quantity.SMALL_BYTES", 0)
+    monkeypatch.setattr("bncurv.lowrank_quantity.USUAL", Budget(small=0))
     case = next(c for c in MODELS if c.name == "mlp_bn")
     model, loss_fn, X, y = case.build()
     half = len(X) // 2
@@ -244,7 +245,7 @@ def test_small_rows_are_kept_and_the_first_batch_decides(monkeypatch, small_firs
     sizes = [2, len(X) - 2] if small_first else [len(X) - 2, 2]
     entries = sum(p.numel() for p in model.parameters()) * X.element_size()
     between = entries * model(X)[0].numel() * len(X) / 2  # bytes of V for half of the samples
-    monkeypatch.setattr("bncurv.lowrank_quantity.SMALL_BYTES", between)
+    monkeypatch.setattr("bncurv.lowrank_quantity.USUAL", Budget(small=int(between)))
     batches = list(zip(X.split(sizes), y.split(sizes), strict=True))
     ggn = curvature(model, loss_fn, batches, quantity := LowRankGGN(top=2)).ggn
     G = sum(len(b[0]) * reference.ggn(model, loss_fn, *b) for b in batches) / len(X)

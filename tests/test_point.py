@@ -26,6 +26,7 @@ from bncurv import (
     at,
     curvature,
 )
+from bncurv.budget import Budget
 
 CE = nn.CrossEntropyLoss()
 N, C, R = 60, 3, 4 * 2 + 3 * 2
@@ -52,7 +53,7 @@ def made() -> tuple[Counted, Tensor, Tensor]:
 
 @pytest.fixture
 def nothing_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bncurv.keeping.SMALL_BYTES", 0)
+    monkeypatch.setattr("bncurv.keeping.USUAL", Budget(small=0))
 
 
 @pytest.mark.parametrize("method", ["coupled", "dense"])

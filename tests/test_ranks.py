@@ -51,6 +51,7 @@ FAILURES = {
 STATISTICS = "shared", "own", "same"
 TWO: dict[str, tuple[Callable, tuple, dict]] = EXACT | {
     "loader": (jobs.loader, (UNEVEN,), {}),
+    **{f"limited {method}": (jobs.limited, (UNEVEN, method), {}) for method in WAYS},
     "ghost coupled": (jobs.ghost, (UNEVEN, "coupled"), {}),
     "ghost dense": (jobs.ghost, (UNEVEN, "dense"), {}),
     "ghost of two minds": (jobs.of_two_minds, (UNEVEN,), {}),
@@ -191,6 +192,13 @@ def test_exact(name, two):
     want = alone(net, shards, method=method, **options)
     assert_same(two[name], want, shards)
     assert all((part["method"], part["passes"]) == (method, want.passes) for part in two[name])
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_limited_memory(method, two):
+    """All ranks name the same budget and go through the same passes with it."""
+    assert_same(two[f"limited {method}"], alone("cnn", UNEVEN, method=method), UNEVEN)
+    assert len({(part["budget"], part["passes"]) for part in two[f"limited {method}"]}) == 1
 
 
 @pytest.mark.parametrize("method", WAYS)

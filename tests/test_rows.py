@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bncurv import GGN, LowRankGGN, MatrixFreeGGN, curvature
+from bncurv.budget import Budget
 from bncurv.lowrank import LowRank, rows
 from bncurv.lowrank.matrix import RowMatrix, orthonormal
 
@@ -112,7 +113,7 @@ def test_orthonormal_is_gram_schmidt(mixing):
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5)], ids=NETS)
 def test_products_in_blocks(shape, dtype, monkeypatch):
     """Rows are converted to float64 block by block."""
-    monkeypatch.setattr("bncurv.lowrank.matrix.ROW_BYTES", 3 * 8 * 4)
+    monkeypatch.setattr("bncurv.lowrank.matrix.USUAL", Budget(row=3 * 8 * 4))
     torch.manual_seed(0)
     V = torch.randn(shape, dtype=dtype)
     matrix, wide = RowMatrix({"a": V[:, :3].view(-1, 3, 1), "b": V[:, 3], "c": V[:, 4:]}), V.double()

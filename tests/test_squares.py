@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bncurv.squares
 from bncurv import ComponentDiagGGNExact, DiagGGNExact, SumComponentGradSquared, curvature, reference
+from bncurv.budget import Budget
 from bncurv.costs import Costs
 from bncurv.directions import Correction
 from bncurv.products import Products
@@ -66,11 +67,11 @@ def test_random_factors(directions, moments, dtype):
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_chunks_of_directions(at_once, moments, monkeypatch, float64):
     factors = drawn(7, moments)
-    monkeypatch.setattr("bncurv.squares.BLOCK_BYTES", at_once * O * max(N, I) * 8)
+    budget = Budget(block=at_once * O * max(N, I) * 8)
     slices = []
     chunks = bncurv.squares.chunks
     monkeypatch.setattr("bncurv.squares.chunks", lambda *a: slices.append(list(chunks(*a))) or chunks(*a))
-    assert float(errors(sum_squares(*factors), factors).max()) < 1e-12
+    assert float(errors(sum_squares(*factors, budget), factors).max()) < 1e-12
     assert [len(s) for s in slices] == [-(-7 // at_once)]
 
 
@@ -146,10 +147,10 @@ def test_never_negative(kind, dtype, monkeypatch, float64):
 def test_entries_are_recomputed_in_parts(at_once, monkeypatch, float64):
     factors = constant_features("both", torch.logspace(-3, -1, 20))
     whole = sum_squares(*factors)
-    monkeypatch.setattr("bncurv.squares.ROW_BYTES", at_once * N * C)  # of 8 bytes, 8 times
+    budget = Budget(row=at_once * N * C)  # of 8 bytes, 8 times
     sizes, entries = [], bncurv.squares._entries
     monkeypatch.setattr("bncurv.squares._entries", lambda *a: sizes.append(len(a[-1])) or entries(*a))
-    assert torch.allclose(sum_squares(*factors), whole, rtol=1e-12)
+    assert torch.allclose(sum_squares(*factors, budget), whole, rtol=1e-12)
     assert len(sizes) > 1 and max(sizes) == at_once
 
 

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bncurv.budget import ROW_BYTES, chunks
+from bncurv.budget import USUAL, chunks
 from bncurv.precision import full_precision
 
 
@@ -36,7 +36,7 @@ class RowMatrix:
 
     def _converted(self, length: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
         """Slices of a length: all of it, or if V's dtype is converted what stays in cache at this width."""
-        size = length if dtype == self.dtype else ROW_BYTES // (8 * max(1, width))
+        size = length if dtype == self.dtype else USUAL.row // (8 * max(1, width))
         return chunks(length, max(1, size))
 
     def up(self, v: Tensor) -> Tensor:
