@@ -573,7 +573,7 @@ _ALL = [
         "per-component draws",
     ),
     Statement(
-        "X7", "laplace",
+        "X7", "laplace_approximation",
         "Laplace approximation in train mode",
         "log det by the Gram matrix = by the parameters to 1e-8; posterior variance of a bias below BatchNorm = prior "
         "to 1e-12; along the radial direction = prior to 1e-6 in train mode and < 0.99 frozen",

@@ -1,6 +1,6 @@
 """The Laplace approximation in the mode in which the network trains: evidence, and directions that the data never see.
 
-    python experiments/laplace.py [--quick] [--seed S] [--device D] [--out DIR]
+    python experiments/laplace_approximation.py [--quick] [--seed S] [--device D] [--out DIR]
 
 The posterior precision is G + δ I with the GGN of the summed loss. In train mode scaling a unit's weights or moving its
 bias changes nothing, so the posterior there is the prior; with statistics held constant the data seem to fix them.
