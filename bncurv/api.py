@@ -72,8 +72,8 @@ def curvature(
             f moves them to the model's device itself.
         method: ``"coupled"``: cut the graph at the batch statistics, cost linear in N. ``"dense"``: one backward pass
             per component, cost quadratic in N. ``"auto"``: the cheaper one by a cost estimate. All are exact.
-        tol: largest relative tail of the coupling coefficients that the coupled way may drop (0: none, exact). Saves
-            passes where N·C is large; the error it made is estimated in ``Results.error``.
+        tol: largest relative tail of the coupling, A weighted by ‖P‖, that the coupled way may drop (0: none, exact).
+            Saves passes where N·C is large; the error it made is estimated in ``Results.error``.
         chunk_size: most vectors (batch-sized cotangents, or rows ``[*p]``) held at once; default: chosen by bytes.
         memory: most bytes that the call may hold above the recorded forward pass and its graph: a number, or a string
             such as ``"2GB"`` or ``"512MiB"`` (KB, MB, GB, TB, KiB, MiB, GiB, TiB). Everything that bncurv holds counts:

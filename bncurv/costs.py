@@ -143,9 +143,17 @@ class Costs:
             cost += self._squares(name) if squares else self._rows(name, self._columns)
         return COUPLED * cost + (self.dense() if slow else 0.0)
 
-    def _rows(self, name: str, columns: int) -> float:
+    def truncated(self, directions: int, slow: list[str]) -> float:
+        """The coupled way with so many directions of all statistics together, each through everything."""
+        cost = (self._columns + directions) * self._pass(ALL, self._structure.calls_in(ALL))
+        cost += CALL * len(self._calls) * (6 + -(-directions // self.dense_chunk()))
+        cost += sum(self._rows(name, self._columns, directions) for name in self._wanted)
+        return COUPLED * cost + (self.dense() if slow else 0.0)
+
+    def _rows(self, name: str, columns: int, directions: int | None = None) -> float:
         """The rows of V of one parameter, corrected and squared."""
-        rows, directions = self._samples * columns, self._structure.entries[name]
+        rows = self._samples * columns
+        directions = self._structure.entries[name] if directions is None else directions
         through = ELEMENTWISE * (rows + directions) * self._computed.get(name, 0)
         return rows * self._wanted[name].numel() * (2.0 * directions + ROW_ENTRY) + through
 

@@ -26,6 +26,7 @@ backpropagates all N·C columns with open gates. Both are exact.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any
@@ -44,7 +45,7 @@ from bncurv.passes import Passes
 from bncurv.products import Products
 from bncurv.slow import listed, warn_of_slow, warn_slow
 from bncurv.structure import Structure
-from bncurv.truncation import TruncatedDirections
+from bncurv.truncation import PROBES, Leading, TruncatedDirections
 
 OUTSIDE = "used in a function that is no row of the layer table"
 HOOKED = "below a tensor hook on a layer's output"
@@ -202,7 +203,7 @@ class Engine:
         everybody = self.ranks.everybody  # all take the same way, for they meet again in messages
         cheaper = self.method == "auto" and self._dense_costs().dense() <= self.costs.coupled(self.slow)
         cheaper = cheaper and (self.memory is None or self.memory.fits("dense"))
-        if everybody.all(cheaper) and not self._checks.offset():
+        if not self._truncates and everybody.all(cheaper) and not self._checks.offset():
             return "dense"
         problem = self._checks.mixing()
         if everybody.any(problem is not None) and not problem:
@@ -218,7 +219,16 @@ class Engine:
             self._causes |= dict.fromkeys(strange, NO_SAMPLES)
             self._warn(strange)
             self.slow += strange
-        return "dense" if problem else "coupled"
+        if problem or not self._truncates or self.method == "coupled":
+            return "dense" if problem else "coupled"
+        # with tol: once it is known how much of the coupling there is
+        cheaper = self._dense_costs().dense() <= self.costs.truncated(self._leading.kept + 2 * PROBES, self.slow)
+        cheaper = cheaper and (self.memory is None or self.memory.fits("dense"))
+        return "dense" if everybody.all(cheaper) else "coupled"
+
+    @property
+    def _truncates(self) -> bool:
+        return bool(self._tol and self.structure.couplings)
 
     def _warn(self, slow: list[str]) -> None:
         causes = {name: self._causes[name] for name in slow}
@@ -282,7 +292,7 @@ class Engine:
 
     def _group(self, names: list[str]) -> Generator[tuple[str, Rows | Squares], None, list[str]]:
         """The coupled way for some parameters; gives back those that must go the other."""
-        directions = self._pull_directions(list(self._sources.values()), names)
+        directions = self._pull_directions(names)
         wrong = self._checks.disagreeing(names, directions, self.error, self.method)
         wrong = self.ranks.everybody.union(wrong, names)
         names = [name for name in names if name not in wrong]
@@ -291,10 +301,16 @@ class Engine:
                 yield key, block
         return wrong
 
-    def _pull_directions(self, sources: list[Source], names: list[str]) -> Directions | TruncatedDirections:
+    @functools.cached_property
+    def _leading(self) -> Leading:
+        """With ``tol``: what of the coupling is kept."""
+        sources, wanted = list(self._sources.values()), list(self.wanted.values())
+        return Leading(self.back, self.costs, sources, wanted, self._tol)
+
+    def _pull_directions(self, names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
-        if self._tol and self.structure.couplings:
-            truncated = TruncatedDirections(self.back, self.products, self.costs, sources, self._tol, names)
+        if self._truncates and self._leading.kept + PROBES < self._directions:  # else all of it is no dearer
+            truncated = TruncatedDirections(self.back, self.products, self.costs, self._leading, names)
             self.error |= truncated.error
             return truncated
         key = tuple(names), frozenset(self.products.centred)
