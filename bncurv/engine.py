@@ -132,7 +132,7 @@ class Engine:
         quiet = [p for name, p in self.wanted.items() if self.structure.vanishes(name)]
         self.back = Passes(self.output, self.trace, self.structure, tick, quiet, self.ranks)
         self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()), self.shard)
-        self.error: dict[str, float] = {}
+        self.error = dict.fromkeys(self.wanted, 0.0) if tol else {}
         self._between: dict[int, dict[int, Tensor]] = {}
         self._kinds = batch.kinds
         self._causes = self._without_product()
@@ -237,8 +237,12 @@ class Engine:
     @property
     def _directions(self) -> int:
         """Backward passes for the directions, on the rank with most."""
-        widths = [self.structure.width[j] for j, *_ in self.structure.sisters if self.structure.below[j]]
-        return sum(-(-width // self.shard.helpers) for width in widths)
+        return sum(-(-width // self.shard.helpers) for width in self._widths)
+
+    @property
+    def _widths(self) -> list[int]:
+        """Directions that take a pass, by coupling, sisters together."""
+        return [self.structure.width[j] for j, *_ in self.structure.sisters if self.structure.below[j]]
 
     @property
     def planned(self) -> int:
@@ -309,7 +313,7 @@ class Engine:
 
     def _pull_directions(self, names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
-        if self._truncates and self._leading.kept + PROBES < self._directions:  # else all of it is no dearer
+        if self._truncates and self._leading.kept + PROBES < sum(self._widths):  # else all of it is no dearer
             truncated = TruncatedDirections(self.back, self.products, self.costs, self._leading, names)
             self.error |= truncated.error
             return truncated

@@ -27,7 +27,7 @@ class Results(Mapping[str, Any]):
         passes: backward passes of a whole batch that it took, over all mini-batches; over several ranks this one's.
         batches: number of mini-batches.
         error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all
-            columns of all mini-batches at their weights; empty where nothing was. A diagonal of the GGN with trace t is
+            columns of all mini-batches at their weights. A diagonal of the GGN with trace t is
             off by at most ``2 √t error + error²`` in the sum of its entries.
         samples: which samples the rows of per-component results are: all in order; over several ranks this rank's,
             counted mini-batch by mini-batch and in each of them rank by rank.
