@@ -141,7 +141,8 @@ def at(
 
     The forward pass is run and checked now. Each ``point(*quantities)`` gives what `curvature` would; rows of V (where
     they are small) and coupling directions (where they fit together) are kept for the next. Between the calls the model
-    is yours, untouched. The graph, and copies of what it reads, live until the block ends.
+    is yours, untouched. The graph, and copies of what it reads, live until the block ends. There is no ``memory``: what
+    later calls will ask for, and what is best kept for them, is not known.
 
     Args:
         model: as for `curvature`, and so are all others.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import memory as experiment
 import pytest
 import torch
 from cases import Net, float64
@@ -157,10 +158,13 @@ def test_smallest_budget_does(name, method):
 
 def test_larger_budgets_take_fewer_passes():
     """P of all parameters at once, or of a few at a time: the passes are taken once more for each group."""
-    budget = smallest(DiagGGNExact(), method="coupled")
-    passes = [compute(DiagGGNExact(), memory=budget * f // 10, method="coupled").passes for f in (10, 12, 40)]
-    usual = compute(DiagGGNExact(), method="coupled").passes
-    assert passes[0] > passes[1] >= passes[2] == usual
+    smallest_one, own, passes = smallest(DiagGGNExact(), method="coupled"), graph(), []
+    for tenths in (10, 13, 40):
+        budget = smallest_one * tenths // 10
+        found, most, _ = peak(lambda budget=budget: compute(DiagGGNExact(), memory=budget, method="coupled"))
+        assert most - own <= budget / 2
+        passes.append(found.passes)
+    assert passes[0] > passes[1] >= passes[2] == compute(DiagGGNExact(), method="coupled").passes
 
 
 def test_way_that_fits_is_taken():
@@ -208,6 +212,12 @@ def test_chunk_size_beside_it():
     assert most - graph() <= budget / 2
     few = compute(DiagGGNExact(), memory="1GB", chunk_size=2, method="dense")
     assert_close(few.diag_ggn_exact, one.diag_ggn_exact, tolerance=1e-12)
+
+
+def test_experiment_measures_a_row():
+    row = experiment.measure("mlp", 64, "coupled", 2, torch.device("cpu"))
+    assert row["way"] == "coupled" and row["apart"] < 1e-5 and row["passes"] >= 209
+    assert experiment.line("mlp", 64, row)[:3] == ["mlp", "64", "coupled"]
 
 
 # ---------------------------------------------------------------------------- over a loader
