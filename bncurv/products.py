@@ -5,7 +5,8 @@ Letters: heads of ``engine.py`` and ``layers/base.py``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from bncurv.budget import USUAL, Budget, chunks
 from bncurv.graph import Trace
 from bncurv.layers.base import Layer, Product
 from bncurv.linearity import Verdict, examine
+from bncurv.marks import Call
 from bncurv.order import Order, per_sample
 from bncurv.passes import vjp
 from bncurv.precision import within_range
@@ -80,9 +82,13 @@ class Products:
         for j, role in self.uses.get(name, ()):
             d, call = delta[j], self._trace.sites[j].call
             if d is not None:
-                right = call.right(role)
-                left = call.layer.left(role, call.arguments, call.by_sample(d)).abs()
-                size = float(Product(left, None if right is None else right.abs()).summed().amax())
+                d = call.by_sample(d)
+
+                def positive(rows: slice, call: Call = call, role: str = role, d: Tensor = d) -> Tensor:
+                    left, right = call.layer.left(role, call.arguments, d[:, rows]), call.right(role, rows)
+                    return Product(left.abs(), None if right is None else right.abs()).summed()
+
+                size = float(self._over_rows(j, role, positive).amax())
                 total += size * max(1.0, self._trace.sites[above[j]].coupling.offset if j in above else 0.0)
         return total
 
@@ -167,12 +173,19 @@ class Products:
         shape = call.arguments[role].shape
         if self._centred_ones(j, role):
             return delta.new_zeros(len(delta), *shape)
-        delta, whole = call.by_sample(delta), self._keep(j, role) or not self.budget.bounded or not self._size(j, role)
-        parts = [
-            Product(call.layer.left(role, call.arguments, delta[:, rows]), self.right(j, role, rows)).summed()
-            for rows in chunks(call.rows, call.rows if whole else self.piece(j, role))
-        ]
-        return call.layer.unfold(role, sum(parts[1:], parts[0]), shape)
+        delta = call.by_sample(delta)
+
+        def product(rows: slice) -> Tensor:
+            left = call.layer.left(role, call.arguments, delta[:, rows])
+            return Product(left, self.right(j, role, rows)).summed()
+
+        return call.layer.unfold(role, self._over_rows(j, role, product), shape)
+
+    def _over_rows(self, j: int, role: str, product: Callable[[slice], Tensor]) -> Tensor:
+        """A sum over all rows of a site, some at a time where their operands would take too much."""
+        rows = self._trace.sites[j].call.rows
+        whole = self._keep(j, role) or not self.budget.bounded or not self._size(j, role)
+        return functools.reduce(torch.add, map(product, chunks(rows, rows if whole else self.piece(j, role))))
 
     def summed(self, name: str, delta: dict[int, Tensor | None], count: int, sums: Mapping[int, Tensor]) -> Tensor:
         """A parameter's product with ``count`` cotangents at its sites, summed over the batch: ``[q, *p]``.

@@ -18,6 +18,7 @@ import bncurv
 from bncurv import ComponentGrad, DiagGGNExact, LowRankGGN, curvature
 from bncurv.budget import Budget, Sizes, bytes_of
 from bncurv.frontier import pass_bytes
+from bncurv.layers.convolution import Conv
 
 MiB = 2**20
 QUANTITIES = {
@@ -212,6 +213,21 @@ def test_chunk_size_beside_it():
     assert most - graph() <= budget / 2
     few = compute(DiagGGNExact(), memory="1GB", chunk_size=2, method="dense")
     assert_close(few.diag_ggn_exact, one.diag_ggn_exact, tolerance=1e-12)
+
+
+def test_inputs_are_unfolded_in_pieces(monkeypatch):
+    """Where there is a limit, never of more rows than fit."""
+    expected, unfolded, own = compute(DiagGGNExact(), method="coupled"), [], Conv.right
+    monkeypatch.setattr("bncurv.engine.USUAL", Budget(right=0, row=1, bounded=True))
+
+    def right(self: Conv, role: str, arguments: dict[str, Any], x: Tensor) -> Tensor | None:
+        unfolded.append(len(x) if role == "weight" else 1)
+        return own(self, role, arguments, x)
+
+    monkeypatch.setattr(Conv, "right", right)
+    found = compute(DiagGGNExact(), method="coupled", chunk_size=2)
+    assert max(unfolded) == 1
+    assert_close(found.diag_ggn_exact, expected.diag_ggn_exact, tolerance=1e-12)
 
 
 def test_experiment_measures_a_row():
