@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import bncurv
+
 ROOT = Path(__file__).parent.parent
 CODE = {path: path.read_text() for path in (ROOT / "bncurv").rglob("*.py")}
 
@@ -44,6 +46,14 @@ def test_lowest_versions_are_the_claimed_ones():
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE))
     del pinned["torchvision"]  # BackPACK's, no dependency of ours
     assert pinned == lower_bounds((ROOT / "pyproject.toml").read_text())
+
+
+def test_one_version_everywhere():
+    """Of the package, its citation and the newest release in its changelog."""
+    texts = [(ROOT / name).read_text() for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")]
+    patterns = (r'^version = "(.+)"', r"^version: (.+)", r"^## \[(\d.+)\]")
+    found = [re.search(pattern, text, re.MULTILINE) for pattern, text in zip(patterns, texts, strict=True)]
+    assert [match and match[1] for match in found] == [bncurv.__version__] * 3
 
 
 def test_private_names_of_pytorch_are_known():

@@ -1,6 +1,7 @@
 """Imports go one way: no cycle, and nothing that computes imports the gestures, the oracle or the plots."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,12 @@ def test_floors(module):
 def test_no_weak_way_back():
     """A circle that imports don't show: a part that keeps a proxy of its owner."""
     assert not [name for name, path in FILES.items() if "weakref.proxy" in path.read_text()]
+
+
+def test_map_for_contributors():
+    """Floors follow each other in CONTRIBUTING.md as they do here; what it names exists."""
+    lines = (PACKAGE.parent / "CONTRIBUTING.md").read_text().splitlines()
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in lines if line.startswith("| `")]
+    floors = [{i for i, rooms in enumerate(FLOORS) if rooms & set(row)} for row in rows]
+    assert all(len(floor) == 1 for floor in floors) and not {n for row in rows for n in row} - set().union(*FLOORS)
+    assert (order := [floor.pop() for floor in floors]) == sorted(order) and len(order) > 20
