@@ -31,6 +31,7 @@ class Verdict(Enum):
     RIGHT = "rows of one linear map"
     OTHER_ROWS = "ordinary passes give other rows"
     NOT_LINEAR = "ordinary passes are not linear, or not twice the same"
+    NOT_FINITE = "ordinary passes give NaN or inf"
 
 
 def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], ranks: Ranks = ALONE) -> Verdict:
@@ -52,6 +53,8 @@ def examine(pull: Pull, u: Tensor, rows: list[Tensor | None], ranks: Ranks = ALO
     least = limits.tiny / limits.eps  # smaller numbers have not all their digits
     if everybody.all(all(d <= EXACT[u.dtype] * size + least for d, size in apart)):
         return Verdict.RIGHT
+    if everybody.any(not all(math.isfinite(size) for _, size in apart)):
+        return Verdict.NOT_FINITE
     half = pull(0.5 * probe)
     if not everybody.all(all(d <= EXACT[u.dtype] * size + least for d, size in _apart(half, ordinary, 0.5))):
         return Verdict.NOT_LINEAR

@@ -172,6 +172,12 @@ class Passes:
                     f"PyTorch's batched backward pass (torch.vmap) differs from ordinary ones {self._where(edges)}. "
                     "The passes go one by one: exact, but slower. Replace the operation there to have them at once."
                 )
+        if verdict is Verdict.NOT_FINITE:
+            raise RuntimeError(
+                f"The backward pass {self._where(edges)} gives NaN or inf, though the output is finite: the derivative "
+                "of an operation there is not defined at these data (a root or norm at 0, 0/0, an overflow). Curvature "
+                "is not defined there either; add an eps, or compute for parameters behind it only (params=...)."
+            )
         if verdict is not Verdict.RIGHT:
             raise RuntimeError(
                 f"The backward pass {self._where(edges)} is not one fixed linear map of the incoming gradient: it "

@@ -576,3 +576,22 @@ def test_weights_out_of_range():
     found = errors(model, X, y, method="coupled")[1]
     dense = errors(model, X, y, method="dense")[1]
     assert all(error <= 10 * dense[name] + 1e-5 for name, error in found.items())
+
+
+@pytest.mark.parametrize("method", ["coupled", "dense"])
+def test_a_derivative_that_is_not_defined(method):
+    """The network's own backward pass gives NaN: told so, by module."""
+
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.relu().square().sqrt()  # inf times 0 at a dead unit
+
+    with float64(0):
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), Root(), nn.Linear(5, 3))
+        X, y = data(8)
+        said = "in or before module '2' gives NaN or inf, though the output is finite.*add an eps"
+        with pytest.raises(RuntimeError, match=said):
+            curvature(model, CE, (X, y), DiagGGNExact(), method=method)
+        behind = curvature(model, CE, (X, y), DiagGGNExact(), method=method, params="3.*").diag_ggn_exact
+        want = reference.ggn_diagonal(model[3], CE, model[:3](X).detach(), y)
+        assert_close({name.removeprefix("3."): t for name, t in behind.items()}, want)
