@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from bncurv.bars import tqdm
 from bncurv.batch import compute
 from bncurv.blocks import Batch
 from bncurv.checks import check_output, check_own, check_quantities

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from bncurv.bars import tqdm
 from bncurv.blocks import Batch
 from bncurv.checks import check_grads, check_precision
 from bncurv.engine import Engine
@@ -24,6 +23,7 @@ def compute(
     chunk_size: int | None = None,
     tol: float = 0.0,
     limit: Limit | None = None,
+    left: int = 1,
 ) -> tuple[dict[str, Any], Engine]:
     """All quantities at one recorded forward pass, nothing computed twice.
 
@@ -35,6 +35,7 @@ def compute(
         chunk_size: see `bncurv.curvature`.
         tol: see `bncurv.curvature`.
         limit: to the memory, see `bncurv.curvature`.
+        left: how many mini-batches there are still, this one among them, as far as it is known.
 
     Returns:
         For each quantity's field its part, and the engine that made them.
@@ -48,7 +49,7 @@ def compute(
     squares = {key for key in sources if all(q.squares_only for q in quantities if key in asked[q.field])}
     allowance = None if limit is None else limit.at(batch)
     engine = Engine(batch, sources, method, chunk_size, bar.update, tol, keep_own, squares, allowance)
-    bar.total = (bar.total or 0) + engine.planned
+    bar.total = bar.n + engine.planned * max(1, left)
     states = {q.field: q.start(batch) for q in quantities}
     grads = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in batch.parameters.items()}
     for key, rows in engine.pull():

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from bncurv.bars import tqdm
 from bncurv.batch import Limit, Merged, compute
 from bncurv.blocks import Batch
 from bncurv.budget import bytes_of
@@ -143,7 +143,8 @@ class Call:
             at = replace(batch, generator=generator)
             if self._memory:
                 limit = limit or Limit(self._memory, quantities, self._copies, self._several)
-            parts, engine = compute(at, quantities, bar, options.method, options.chunk_size, options.tol, limit)
+            left = self._several - merged.batches
+            parts, engine = compute(at, quantities, bar, options.method, options.chunk_size, options.tol, limit, left)
             merged.add(parts, everybody.weight(weights.of(batch.loss)), engine.error)
             passes, way = passes + engine.passes, engine.way
             del batch, at, parts, engine

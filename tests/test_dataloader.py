@@ -306,6 +306,27 @@ def test_bar_is_full_at_the_end(method: str, monkeypatch: pytest.MonkeyPatch) ->
     assert bar.n == bar.total == res.passes and bar.closed
 
 
+def test_the_bar_knows_how_many_mini_batches_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One total over the loader from the first one on; an iterator does not say how many."""
+
+    class Told(Bar):
+        totals: list[int] = []
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "total" and value:
+                self.totals.append(value)
+
+    monkeypatch.setattr("bncurv.call.tqdm", Told)
+    one = compute(split(8), method="dense").passes
+    Told.totals.clear()
+    compute(split(8, 8, 4), method="dense", progress=True)
+    assert Told.totals == [3 * one, 3 * one, 2.5 * one]
+    Told.totals.clear()
+    compute(iter(split(8, 8, 4)), method="dense", progress=True)
+    assert Told.totals == [one, 2 * one, 2.5 * one]
+
+
 def test_bar_is_closed_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bncurv.call.tqdm", Bar)
     Bar.made.clear()

@@ -13,7 +13,7 @@ FILES = {
 }
 # From the bottom up; a module imports from its own row and those above it in this list only.
 FLOORS = [
-    {"undo", "slow", "turns", "eager", "autocast", "nested", "alarm", "ranks", "spread"},
+    {"undo", "slow", "turns", "bars", "eager", "autocast", "nested", "alarm", "ranks", "spread"},
     {"budget", "precision", "probes", "order", "gate", "batchnorm", "sync", "einsum", "recurrent", "layers", "factor",
      "losses", "loss_calls", "heads", "bodies"},
     {"constants", "marks", "meeting", "modes", "watch", "record", "graph", "structure"},
