@@ -33,11 +33,21 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: venv ## train a small BatchNorm ResNet on digits and show its exact curvature (under a minute)
-	$(PY) experiments/digits_resnet.py $(ARGS)
+# ARGS=--help builds no environment: where there is none yet, the head of the script is shown.
+HELP := $(if $(wildcard $(VENV)/.installed),,$(filter -h --help,$(ARGS)))
+script = $(if $(HELP),@$(PYTHON) -c "$$HEAD" $(1),$(PY) $(1) $(ARGS))
 
-experiments: venv ## every statement about BatchNorm, measured: writes experiments/README.md (minutes)
-	$(PY) experiments/run_all.py $(ARGS)
+define HEAD
+import ast, sys
+print(ast.get_docstring(ast.parse(open(sys.argv[1], encoding="utf-8").read())))
+endef
+export HEAD
+
+demo: $(if $(HELP),,venv) ## train a small BatchNorm ResNet on digits and show its exact curvature (under a minute)
+	$(call script,experiments/digits_resnet.py)
+
+experiments: $(if $(HELP),,venv) ## every statement about BatchNorm, measured: writes experiments/README.md (minutes)
+	$(call script,experiments/run_all.py)
 
 test: venv ## the whole default test suite
 	$(PY) -m pytest $(ARGS)

@@ -1,6 +1,6 @@
 """Exact curvature of a trained BatchNorm ResNet on scikit-learn's digits, in train mode.
 
-    python experiments/digits_resnet.py [--epochs 10] [--batch-size 128] [--device cpu] [--quick]
+    python experiments/digits_resnet.py [--epochs 10] [--batch-size 128] [--seed 0] [--device cpu] [--out DIR] [--quick]
 
 Trains a small ResNet, computes its per-component gradients and its exact GGN diagonal with batch
 statistics differentiated through, checks both against plain `torch.autograd.grad`, prints what the
@@ -218,9 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         "entries": plot_entries(report.coupled.values, report.own, model),
         "components": plot_components(report.components.values, X, y),
     }
-    print("\nPlots")
+    print()
     for name, figure in figures.items():
-        print(save(figure, args.out / f"digits_resnet_{name}.png"))
+        print(f"wrote {save(figure, args.out / f'digits_resnet_{name}.png')}")
     return 0 if all(item.passed for item in checks) else 1
 
 

@@ -247,6 +247,7 @@ def main() -> int:
     bar.close()
     if args.figure:
         show(table, args.figure)
+        print(f"wrote {args.figure}")
     return int(not all(good for _, good in reached) or not all(0.93 <= limits <= 0.97 for limits, _ in held))
 
 

@@ -165,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(text)
     if args.write:
         insert(text, ROOT / "README.md")
+        print(f"wrote {ROOT / 'README.md'}")
     return 0
 
 

@@ -236,6 +236,7 @@ def main() -> int:
         begin, end = "<!-- growth:begin -->", "<!-- growth:end -->"
         before, _, rest = README.read_text().partition(begin)
         README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        print(f"wrote {README}")
     return int(any("but" in word for word in said))
 
 

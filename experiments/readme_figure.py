@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         figure.savefig(args.out, dpi=110)
     for name, points in times.items():
         print(" ".join(name.split()), {n: f"{t:.3g} s" for n, t in points.items()})
-    print(args.out)
+    print(f"wrote {args.out}")
     return 0
 
 

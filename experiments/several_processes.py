@@ -168,7 +168,7 @@ def compare(samples: int, epochs: int, args: argparse.Namespace) -> int:
         print(f"| {purpose} | {sent.number} | {sent.bytes / 1e3:.1f} |")
     print(f"\nseconds (median of 3): {seconds:.2f} on {size} processes, {alone:.2f} on one with a rank's threads")
     args.out.mkdir(parents=True, exist_ok=True)
-    print("plot:", plot(by_samples, args.out / "several_processes.png"))
+    print(f"wrote {plot(by_samples, args.out / 'several_processes.png')}")
     dist.barrier()
     return int(max(found.values()) > LIMIT)
 

@@ -131,7 +131,7 @@ def main() -> None:
     for job in TITLES:
         rows = [row for row in content["rows"] if row["job"] == job]
         if rows:
-            print(figure(rows, job, content["environment"], args.out or args.file.parent))
+            print(f"wrote {figure(rows, job, content['environment'], args.out or args.file.parent)}")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ def main() -> None:
         print("\n".join(describe(row) for row in found), flush=True)
         rows += found
         save(args, env, rows)
+        print(f"wrote {file}")
         del problem
         gc.collect()
 

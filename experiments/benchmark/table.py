@@ -185,6 +185,7 @@ def main() -> None:
         readme, begin, end = here.parents[1] / "README.md", "<!-- bench:begin -->", "<!-- bench:end -->"
         before, _, rest = readme.read_text().partition(begin)
         readme.write_text(f"{before}{begin}\n{found}\n{end}{rest.partition(end)[2]}")
+        print(f"wrote {readme}")
 
 
 if __name__ == "__main__":

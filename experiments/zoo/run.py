@@ -63,9 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(one_by_one(rows))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "zoo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(f"wrote {args.out / 'zoo.json'}")
     if args.write:
-        insert(by_family(rows), HERE.parents[1] / "README.md")
-        insert(one_by_one(rows), HERE / "README.md")
+        for table, folder in ((by_family(rows), HERE.parents[1]), (one_by_one(rows), HERE)):
+            insert(table, folder / "README.md")
+            print(f"wrote {folder / 'README.md'}")
     wrong = [row for row in rows if row.problem]
     for row in wrong:
         print(f"WRONG: {row.name}: {row.problem}")
