@@ -79,9 +79,9 @@ def curvature(
             such as ``"2GB"`` or ``"512MiB"`` (KB, MB, GB, TB, KiB, MiB, GiB, TiB). Everything that bncurv holds counts:
             results, copies of the model's values, what is kept for reuse, and what backward passes need on their way;
             on CPUs also up to 24 MiB for holes that freed memory leaves. Not the model, the data, the graph, what
-            checkpoints compute again, and workspaces of libraries. Chunks, groups of parameters, rows or graph for
-            `LowRankGGN`, and the way are chosen by it; ``chunk_size`` may ask for less. Default: no limit to all of it
-            together, sizes that are fast.
+            checkpoints compute again, what a `LowRank` computes when it is asked later, and workspaces of libraries.
+            Chunks, groups of parameters, rows or graph for `LowRankGGN`, and the way are chosen by it; ``chunk_size``
+            may ask for less. Default: no limit to all of it together, sizes that are fast.
         progress: show a progress bar, in backward passes.
         process_group: over whose ranks the batch is spread. Default: that of a ``DistributedDataParallel`` model; else
             that of its train-mode ``SyncBatchNorm`` layers; else this process alone. Every rank calls, with its own

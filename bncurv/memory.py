@@ -130,13 +130,13 @@ class Memory:
         between = self._bytes(width[j] * width[i] for j in structure.couplings for i in structure.lower(j))
         held = always + sum(inputs) + sum(between) + 2 * self._D + captured
         if truncated:  # A of all columns; AᵀA and its eigenvectors in float64
-            K = sum(getattr(s, "columns_per_sample", 0) for s in truncated.values()) * self._batch.samples
+            K = sum(getattr(s, "columns_per_sample", 0) for s in truncated.values()) * len(self._batch.output)
             held += 2 * self._number * K * sum(width.values()) + 32 * sum(width.values()) ** 2
         one = max(self._direction + captured, self._to_parameters)
         chunk = max(
             self.column + (0 if self._batch.trace.plain else 2 * captured),
             self._on_the_way + captured + 4 * max(self._sizes, default=0),
-            self._to_parameters + 8 * self._D,  # at several scales, where it's in doubt
+            self._to_parameters + 8 * self._D,  # at several scales, where it is in doubt
             one + max(self._bytes(2 * entries * rows for entries, rows in self._unfolded(together)), default=0),
             self._at_once(bool(truncated)),
         )
@@ -179,7 +179,7 @@ class Memory:
         width = self._structure.width
         joined = {tuple(above) for above in self._structure.pulled_from.values()}
         entries = 2 * sum(width.values()) + sum(width[j] for above in joined for j in above)
-        return self._number * self._batch.samples * entries
+        return self._number * len(self._batch.output) * entries
 
     def _unfolded(self, sites: Iterable[int]) -> list[tuple[int, int]]:
         """Entries of the unfolded input of one row, and the number of rows, of calls at some sites."""
@@ -199,7 +199,7 @@ class Memory:
 
     def _block(self) -> int:
         """One direction of P of a matrix, or of Σ_c A δ beside it."""
-        outputs = [len(p) * self._batch.samples for p in self._batch.parameters.values() if p.dim() == 2]
+        outputs = [len(p) * len(self._batch.output) for p in self._batch.parameters.values() if p.dim() == 2]
         return max([*self._bytes(outputs), self._p])
 
     def _of_source(self, source: object, size: int) -> int:
