@@ -42,14 +42,10 @@ from bncurv.directions import Directions
 from bncurv.keeping import Keeping
 from bncurv.memory import Allowance, Memory
 from bncurv.passes import Passes
+from bncurv.plan import Plan
 from bncurv.products import Products
-from bncurv.slow import listed, warn_of_slow, warn_slow
 from bncurv.structure import Structure
 from bncurv.truncation import PROBES, Leading, TruncatedDirections
-
-OUTSIDE = "used in a function that is no row of the layer table"
-HOOKED = "below a tensor hook on a layer's output"
-NO_SAMPLES = "used on rows that are no samples"
 
 
 class Procedure(ABC):
@@ -82,7 +78,6 @@ class Engine:
         method: as given.
         way: ``"coupled"``, ``"dense"``, or what a procedure calls its own.
         back: backward passes through the graph.
-        slow: parameters without a product.
         error: with ``tol``, the estimated Frobenius norm of what was dropped from V, by parameter name.
 
     Raises:
@@ -134,12 +129,13 @@ class Engine:
         self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()), self.shard)
         self.error = dict.fromkeys(self.wanted, 0.0) if tol else {}
         self._between: dict[int, dict[int, Tensor]] = {}
-        self._kinds = batch.kinds
-        self._causes = self._without_product()
-        self.slow = list(self._causes)
-        self.way = self._choose() if self._columns else next(iter(self._known.values()), "dense")
+        leads = self._leads if tol and self.structure.couplings else None
+        self._plan = Plan(
+            batch, self.structure, self.costs, self._checks, self.memory, self._columns, self.method, leads
+        )
+        self.way = self._plan.choose() if self._columns else next(iter(self._known.values()), "dense")
         if self._columns and self.way == "dense":
-            self.costs = self._dense_costs()
+            self.costs = self._plan.dense_costs
         if self.way == "coupled":
             self.products.prepare_means()
 
@@ -160,6 +156,20 @@ class Engine:
         """Backward passes of the whole batch so far."""
         return self.back.count
 
+    @property
+    def slow(self) -> list[str]:
+        """Parameters without a product."""
+        return self._plan.slow
+
+    @functools.cached_property
+    def _leading(self) -> Leading:
+        """With ``tol``: what of the coupling is kept."""
+        return Leading(self.back, self.costs, list(self._sources.values()), list(self.wanted.values()), self._tol)
+
+    def _leads(self) -> int:
+        """How many directions are kept, and looked at."""
+        return self._leading.kept + 2 * PROBES
+
     # ---------------------------------------------------------------- which way
     def _budget(self) -> Budget:
         """How many bytes; and which ways keep to the limit."""
@@ -174,76 +184,6 @@ class Engine:
         self.method = "dense" if way == "dense" and self._columns else self.method
         return self.memory.budget(way)
 
-    def _dense_costs(self) -> Costs:
-        """Those of sizes for the dense way, where there is a limit to keep to."""
-        if self.memory is None or not self.memory.fits("dense"):
-            return self.costs
-        return self.costs.with_budget(self.memory.budget("dense"))
-
-    def _demand_dense(self, why: str) -> None:
-        if self.memory:
-            self.memory.demand(["dense"], why)
-
-    def _without_product(self) -> dict[str, str]:
-        """Parameters that must go the dense way, and why."""
-        loose = {id(p) for p in self.trace.loose}
-        causes = {name: OUTSIDE for name, p in self.wanted.items() if id(p) in loose}
-        for name in self.structure.uses:
-            sites = self.structure.sites(name)
-            if not sites.isdisjoint(self.structure.hooked):
-                causes[name] = HOOKED
-        return causes
-
-    def _choose(self) -> str:
-        if self.method == "dense":
-            return "dense"
-        if self.slow:
-            self._demand_dense(f"{listed(self.slow)} must go the dense way.")
-            self._warn(self.slow)
-        everybody = self.ranks.everybody  # all take the same way, for they meet again in messages
-        cheaper = self.method == "auto" and self._dense_costs().dense() <= self.costs.coupled(self.slow)
-        cheaper = cheaper and (self.memory is None or self.memory.fits("dense"))
-        if not self._truncates and everybody.all(cheaper) and not self._checks.offset():
-            return "dense"
-        problem = self._checks.mixing()
-        if everybody.any(problem is not None) and not problem:
-            problem = "another rank finds the samples of its batch mixed other than by a known coupled layer."
-        if problem and self.method == "coupled":
-            raise RuntimeError(f"method='coupled' does not apply: {problem} Use method='auto' or method='dense'.")
-        if problem:
-            self._demand_dense(problem)
-            warn_slow(f"{problem} Taking the dense way: exact, one backward pass per component.")
-        strange = [n for n in self.wanted if n not in self.slow and self.structure.sites(n) & self._checks.strange]
-        strange = everybody.union(strange, self.wanted)
-        if strange and not problem:
-            self._causes |= dict.fromkeys(strange, NO_SAMPLES)
-            self._warn(strange)
-            self.slow += strange
-        if problem or not self._truncates or self.method == "coupled":
-            return "dense" if problem else "coupled"
-        # with tol: once it is known how much of the coupling there is
-        cheaper = self._dense_costs().dense() <= self.costs.truncated(self._leading.kept + 2 * PROBES, self.slow)
-        cheaper = cheaper and (self.memory is None or self.memory.fits("dense"))
-        return "dense" if everybody.all(cheaper) else "coupled"
-
-    @property
-    def _truncates(self) -> bool:
-        return bool(self._tol and self.structure.couplings)
-
-    def _warn(self, slow: list[str]) -> None:
-        causes = {name: self._causes[name] for name in slow}
-        warn_of_slow(causes, self._kinds(), self._columns + self._directions, self.shard.total * self._columns)
-
-    @property
-    def _directions(self) -> int:
-        """Backward passes for the directions, on the rank with most."""
-        return sum(-(-width // self.shard.helpers) for width in self._widths)
-
-    @property
-    def _widths(self) -> list[int]:
-        """Directions that take a pass, by coupling, sisters together."""
-        return [self.structure.width[j] for j, *_ in self.structure.sisters if self.structure.below[j]]
-
     @property
     def planned(self) -> int:
         """Backward passes that the sources will take."""
@@ -253,7 +193,7 @@ class Engine:
             return whole
         if self.way == "dense":
             return whole + self.shard.total * self._columns
-        return whole + self._columns + self._directions + (self.shard.total * self._columns if self.slow else 0)
+        return whole + self._columns + self._plan.directions + (self.shard.total * self._columns if self.slow else 0)
 
     # ---------------------------------------------------------------- the two ways
     def pull_whole(self, cotangents: Tensor) -> dict[str, Tensor]:
@@ -305,15 +245,10 @@ class Engine:
                 yield key, block
         return wrong
 
-    @functools.cached_property
-    def _leading(self) -> Leading:
-        """With ``tol``: what of the coupling is kept."""
-        sources, wanted = list(self._sources.values()), list(self.wanted.values())
-        return Leading(self.back, self.costs, sources, wanted, self._tol)
-
     def _pull_directions(self, names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
-        if self._truncates and self._leading.kept + PROBES < sum(self._widths):  # else all of it is no dearer
+        truncates = self._tol and self.structure.couplings
+        if truncates and self._leading.kept + PROBES < sum(self._plan.widths):  # else all of it is no dearer
             truncated = TruncatedDirections(self.back, self.products, self.costs, self._leading, names)
             self.error |= truncated.error
             return truncated

@@ -19,7 +19,7 @@ FLOORS = [
     {"constants", "marks", "meeting", "modes", "watch", "record", "graph", "structure"},
     {"blocks", "frontier", "memory", "squares", "products", "linearity", "passes", "costs", "statistics_passes",
      "directions", "truncation", "certificate", "hessian", "loss_at_batch", "shares", "agreement", "assurance",
-     "engine", "weighting", "sketch", "deflation", "keeping"},
+     "engine", "weighting", "sketch", "deflation", "keeping", "plan"},
     {"lowrank"},
     {"quantities", "sampling", "report", "lowrank_quantity", "influence"},
     {"batch", "checks", "chosen", "inputs", "untouched", "twins", "placement", "results", "division"},
