@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo experiments test test-slow test-lowest test-newest lint bench zoo notebooks clean
+.PHONY: help venv demo experiments test test-slow test-lowest test-newest lint bench zoo notebooks docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,16 @@ zoo: ## public architectures with random weights: exact, and how fast? in .venv-
 	$(MAKE) venv VENV=.venv-zoo CONSTRAINTS=constraints-zoo.txt EXTRAS=zoo
 	.venv-zoo/bin/python experiments/zoo/run.py $(ARGS)
 
+# The site is made from the text of the sources: its environment holds no torch, and installs in seconds.
+docs: .venv-docs/.installed ## the documentation site in build/site; warnings are errors (a quarter of a minute)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+	@echo "open build/site/index.html, or with the search: python -m http.server -d build/site"
+
+.venv-docs/.installed: constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install $(PIP_FLAGS) -r constraints-docs.txt
+	@touch $@
+
 notebooks: venv ## execute notebooks/*.ipynb in place
 	@$(PY) -c "$$EXECUTE" notebooks/*.ipynb
 
@@ -92,5 +102,5 @@ endef
 export EXECUTE
 
 clean: ## remove the environment, caches and what the experiments wrote
-	rm -rf .venv .venv-lowest .venv-newest .venv-zoo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
+	rm -rf .venv .venv-lowest .venv-newest .venv-zoo .venv-docs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
