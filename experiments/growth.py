@@ -4,7 +4,8 @@
 
 Counts a network on PyTorch's meta device (nothing is computed), layer by layer in forward order: FLOPs of
 convolutions and linear layers, statistics of the BatchNorms, parameters. Prints a Markdown table; ``--write`` puts it
-into the README. For the small networks of the benchmark the counted passes are compared with those that bncurv reports.
+into docs/growth.md. For the small networks of the benchmark the counted passes are compared with those that bncurv
+reports.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import bncurv
 
 # what the README's section on speed speaks of
 SMALL = (("vgg", 128), ("vgg", 256), ("vgg", 1024), ("resnet20-c100", 64), ("wrn16-2-c100", 32))
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/growth.md"
 
 
 class Bottleneck(nn.Module):
@@ -207,7 +208,7 @@ def check() -> list[str]:
 def main() -> int:
     """Print (or write) the section."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into the README")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/growth.md")
     args = parser.parse_args()
     with torch.device("meta"):
         c = count(resnet50(), torch.empty(1, 3, 224, 224))
@@ -234,9 +235,9 @@ def main() -> int:
     print(text)
     if args.write:
         begin, end = "<!-- growth:begin -->", "<!-- growth:end -->"
-        before, _, rest = README.read_text().partition(begin)
-        README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
-        print(f"wrote {README}")
+        before, _, rest = PAGE.read_text().partition(begin)
+        PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        print(f"wrote {PAGE}")
     return int(any("but" in word for word in said))
 
 

@@ -47,13 +47,14 @@ def test_the_navigation_names_every_page():
     assert sorted(named) == sorted([*here, *elsewhere]) and all((ROOT / page).exists() for page in elsewhere)
 
 
-def test_included_sections_of_the_readme_are_there():
-    readme, found = (ROOT / "README.md").read_text(), 0
+def test_included_sections_are_there():
+    found = 0
     for page in PAGES:
-        for options in re.findall(r"^\{% include-markdown \"../README.md\" (.*) %\}$", page.read_text(), re.MULTILINE):
-            marks = {key: text.replace('\\"', '"') for key, text in re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', options)}
-            begin = readme.find(marks.get("start", ""))
-            assert begin >= 0 and readme.count(marks.get("start", "# bncurv")) == 1, f"{page.name}: {marks}"
-            assert readme.find(marks["end"], begin + 1) > begin, f"{page.name}: {marks}"
+        for source, options in re.findall(r"^\{% include-markdown \"(.+?)\" (.*) %\}$", page.read_text(), re.MULTILINE):
+            text = (page.parent / source).read_text()
+            marks = {key: mark.replace('\\"', '"') for key, mark in re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', options)}
+            begin = text.find(marks.get("start", ""))
+            assert begin >= 0 and text.count(marks.get("start", "# bncurv")) == 1, f"{page.name}: {marks}"
+            assert text.find(marks["end"], begin + 1) > begin, f"{page.name}: {marks}"
             found += 1
     assert found > 15

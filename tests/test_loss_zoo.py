@@ -59,6 +59,6 @@ def test_refused(one: Entry) -> None:
         assert torch.linalg.eigvalsh(reference.loss_hessian(loss_fn, model(X).detach(), y))[0] < -1e-6
 
 
-def test_readme_has_the_verdicts() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def test_page_has_the_verdicts() -> None:
+    text = (Path(__file__).parent.parent / "docs/losses.md").read_text()
     assert text.split("<!-- losses:begin -->\n")[1].split("<!-- losses:end -->")[0] == table()

@@ -30,7 +30,7 @@ BLOCKS = [
     for block in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     if all(importlib.util.find_spec(name) for name in re.findall(r"^(?:from|import) (\w+)", block, re.MULTILINE))
 ]  # adapters' libraries may be missing
-MARKERS = ("<!-- exactness:", "<!-- bench:", "<!-- zoo:")
+MARKERS = ("<!-- exactness:", "<!-- bench:", "<!-- memory:", "<!-- estimator:")
 
 matplotlib.use("Agg")
 
@@ -124,8 +124,8 @@ def test_files_and_links_exist():
 
 
 def test_every_supported_row_names_existing_tests():
-    section = README.split("## What is supported")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    page = (ROOT / "docs/supported.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
     lists = [*cases.DETERMINISTIC, *cases.RANDOM]
     known = {case.name for case in lists}
     assert len(rows) >= 15

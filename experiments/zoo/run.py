@@ -4,8 +4,8 @@
     python experiments/zoo/run.py [--only NAME ...] [--quick] [--seed S] [--write]
 
 The GGN diagonal and the components' norms by the coupled way, in float64, beside plain autograd (`bncurv.reference`).
-`--write` puts the tables into experiments/zoo/README.md and, by family, into README.md. Exit status 1 if anything is
-wrong.
+`--write` puts the tables into experiments/zoo/README.md and, by family, into docs/architectures.md. Exit status 1 if
+anything is wrong.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="every sixth architecture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT, help="folder for zoo.json")
-    parser.add_argument("--write", action="store_true", help="put the tables into the READMEs")
+    parser.add_argument("--write", action="store_true", help="put the tables into both pages")
     return parser.parse_args(arguments)
 
 
@@ -65,9 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     (args.out / "zoo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print(f"wrote {args.out / 'zoo.json'}")
     if args.write:
-        for table, folder in ((by_family(rows), HERE.parents[1]), (one_by_one(rows), HERE)):
-            insert(table, folder / "README.md")
-            print(f"wrote {folder / 'README.md'}")
+        for table, page in (
+            (by_family(rows), HERE.parents[1] / "docs/architectures.md"),
+            (one_by_one(rows), HERE / "README.md"),
+        ):
+            insert(table, page)
+            print(f"wrote {page}")
     wrong = [row for row in rows if row.problem]
     for row in wrong:
         print(f"WRONG: {row.name}: {row.problem}")
