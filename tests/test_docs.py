@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_readme import claims
+from test_readme import GOES_ON, claims
 
 import bncurv
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
-WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
+WITH_CODE = [page for page in PAGES if page != GOES_ON and "```python" in page.read_text()]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
@@ -57,4 +57,4 @@ def test_included_sections_are_there():
             assert begin >= 0 and text.count(marks.get("start", "# bncurv")) == 1, f"{page.name}: {marks}"
             assert text.find(marks["end"], begin + 1) > begin, f"{page.name}: {marks}"
             found += 1
-    assert found > 15
+    assert found >= 10

@@ -1,4 +1,4 @@
-"""The README: every code block runs, in order, and what it says of values and tests is true."""
+"""The README, and the page that goes on from it: every code block runs, in order; what they say of values is true."""
 
 import ast
 import importlib.util
@@ -25,9 +25,10 @@ from bncurv.quantities import Quantity
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+GOES_ON = ROOT / "docs/extending.md"  # with the names that the README has by then
 BLOCKS = [
     block
-    for block in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```python\n(.*?)^```", README + GOES_ON.read_text(), re.MULTILINE | re.DOTALL)
     if all(importlib.util.find_spec(name) for name in re.findall(r"^(?:from|import) (\w+)", block, re.MULTILINE))
 ]  # adapters' libraries may be missing
 MARKERS = ("<!-- exactness:", "<!-- bench:", "<!-- memory:", "<!-- estimator:")
@@ -48,7 +49,7 @@ def claims(block: str) -> Iterator[tuple[str, Any]]:
 
 
 def extended(namespace: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Model, loss, data and diagonal for what the README registers."""
+    """Model, loss, data and diagonal for what the page registers."""
     poisson, X = torch.nn.PoissonNLLLoss(), namespace["X"]
     for name, model, loss_fn, y in (
         ("critic", namespace["critic"], namespace["loss_fn"], namespace["y"]),
