@@ -130,7 +130,7 @@ def gallery() -> str:
             continue
         title = (ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")[0].replace("\n", " ")
         cards.append(
-            f'<div markdown>\n[![{script.stem}](../experiments/figures/{script.stem}.png)]'
+            f"<div markdown>\n[![{script.stem}](../experiments/figures/{script.stem}.png)]"
             f"(../experiments/figures/{script.stem}.png)\n\n{title}\n\n"
             f"[`python experiments/{script.name}`](../experiments/{script.name})\n</div>"
         )

@@ -37,7 +37,7 @@ CELLS = (
 TIMES = 1, 2, 5
 MOST = 1.2  # of the budget
 APART = {torch.float32: 1e-5, torch.float64: 1e-12}  # of results, relatively
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/memory.md"
 HEAD = ["network", "N", "way", "its graph", "budget", "peak", "peak / budget", "passes", "s", "no limit: peak", "s"]
 
 
@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=[name for name, *_ in CELLS], help="some of the networks")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/memory.md")
     parser.add_argument("--cell", nargs=4, help="one row: network, samples, way, times the smallest budget")
     return parser.parse_args()
 
@@ -115,8 +115,8 @@ def main() -> int:
     print(text)
     if args.write:
         begin, end = "<!-- memory:begin -->", "<!-- memory:end -->"
-        before, _, rest = README.read_text().partition(begin)
-        README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        before, _, rest = PAGE.read_text().partition(begin)
+        PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
     return int(failed)
 
 

@@ -31,7 +31,7 @@ BLOCKS = [
     for block in re.findall(r"^```python\n(.*?)^```", README + GOES_ON.read_text(), re.MULTILINE | re.DOTALL)
     if all(importlib.util.find_spec(name) for name in re.findall(r"^(?:from|import) (\w+)", block, re.MULTILINE))
 ]  # adapters' libraries may be missing
-MARKERS = ("<!-- exactness:", "<!-- bench:", "<!-- memory:", "<!-- estimator:")
+MARKERS = ("<!-- exactness:", "<!-- bench:", "<!-- estimator:")
 
 matplotlib.use("Agg")
 
