@@ -46,7 +46,7 @@ the acceptance is not met, here is the evidence. *not testable here*: no experim
 {counts}
 
 Other commands in this folder: `digits_resnet.py` (the demo, `make demo`), `readme_figure.py`, `exactness.py`,
-`growth.py`, `tolerance.py` and `memory.py` (tables and the figure of the README and of docs/), `benchmark/` (`make bench`).
+`growth.py`, `tolerance.py` and `memory.py` (tables of README and docs, a figure), `benchmark/` (`make bench`).
 """
 
 
