@@ -16,6 +16,7 @@ Scales: what the loss' reduction puts into the gradient and into S (``engine.py`
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,6 +62,13 @@ class Quantity(BackpropExtension):
 
     def __init__(self) -> None:
         super().__init__(self.field, {}, fail_mode="SILENT")
+
+    def __repr__(self) -> str:
+        options = inspect.signature(type(self)).parameters.items()
+        given = {name: getattr(self, name, option.default) for name, option in options}
+        told = [f"{name}={value!r}" for (name, option), value in zip(options, given.values(), strict=True)
+                if not (value is option.default or isinstance(value, torch.Generator | Mapping))]  # fmt: skip
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def expects_backpropagation_quantities(self) -> bool:
         """BackPACK need not propagate anything for us."""

@@ -152,7 +152,11 @@ class DiagGGNMC(_Sampled):
         deflated = passes is not None or rtol is not None
         if deflated and kind != "rademacher":
             raise ValueError(f"kind={kind!r} goes with mc_samples=M; passes=B and rtol=ε draw Gaussian columns.")
+        self.passes, self.rtol, self.confidence = passes, rtol, confidence
         self.goal = Goal(passes, rtol, confidence) if deflated else None
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("mc_samples=1, ", "") if self.goal else super().__repr__()
 
     def sources(self, batch: Batch) -> dict[str, Any]:
         """Whole-batch columns; or a way of its own."""

@@ -267,3 +267,19 @@ def test_gradient_of_a_saturated_batch(dtype):
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}=.*expected"):
         bncurv.DiagGGNMC(**arguments)
+
+
+@pytest.mark.parametrize(
+    "quantity, text",
+    [
+        (bncurv.DiagGGNExact(), "DiagGGNExact()"),
+        (bncurv.DiagGGNMC(3, generator=torch.Generator()), "DiagGGNMC(mc_samples=3)"),
+        (bncurv.DiagGGNMC(rtol=0.1, confidence=0.9), "DiagGGNMC(rtol=0.1, confidence=0.9)"),
+        (bncurv.LowRankGGN(top=3, groups="layer"), "LowRankGGN(top=3, groups='layer')"),
+        (bncurv.InfluenceProjection({"a": torch.zeros(2)}), "InfluenceProjection()"),
+    ],
+    ids=str,
+)
+def test_a_quantity_reads_as_it_was_made(quantity, text):
+    """What was given, but for tensors and generators."""
+    assert repr(quantity) == text
