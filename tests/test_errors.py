@@ -465,7 +465,7 @@ def test_extend_reduction_none_reduced_by_hand() -> None:
                 loss_fn(model(inputs()), labels()).mean().backward()
 
 
-@pytest.mark.parametrize("thing", [F.cross_entropy, "model", None], ids=str)
+@pytest.mark.parametrize("thing", [F.cross_entropy, "model", None], ids=["function", "text", "nothing"])
 def test_extend_what_is_no_module(thing: Any) -> None:
     with unchanged(), pytest.raises(TypeError, match="extend got .*expected a torch.nn.Module"):
         extend(thing)
