@@ -49,8 +49,8 @@ demo: $(if $(HELP),,venv) ## train a small BatchNorm ResNet on digits and show i
 experiments: $(if $(HELP),,venv) ## every statement about BatchNorm, measured: writes experiments/README.md (minutes)
 	$(call script,experiments/run_all.py)
 
-test: venv ## the whole default test suite
-	$(PY) -m pytest $(ARGS)
+test: venv ## the whole default test suite, file by file on as many processes as there are cores
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: venv ## the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
