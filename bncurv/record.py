@@ -224,7 +224,7 @@ class Recorder(Watch):
     ) -> None:
         given = {role: arguments.get(role) for role in layer.parameters}
         learnt = {role: p for role, p in given.items() if p is not None and p.requires_grad}
-        if output.grad_fn is None or not (learnt or coupling):
+        if output.grad_fn is None or output.dim() == 0 or not (learnt or coupling):  # a single number has no rows
             return
         sources = [DATA if coupling else self._source(arguments[key]) for key in layer.inputs]
         if sources and min(sources) == OWN:  # a part of what computes another parameter

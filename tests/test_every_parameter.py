@@ -479,3 +479,16 @@ def test_the_way_through_a_computed_weight_is_counted():
 
     normed = parametrizations.weight_norm
     assert (way(48), way(48, normed), way(256, normed)) == ("coupled", "dense", "coupled")
+
+
+@pytest.mark.parametrize("product", [torch.matmul, nn.functional.linear], ids=["matmul", "linear"])
+def test_a_product_that_is_a_single_number(product):
+    """It has no rows: exact, the slow way."""
+    with float64(0):
+        model = Net(lambda net, x: net.b(torch.stack([product(row, net.w) for row in net.a(x)])[:, None].tanh()),
+                    a=nn.Linear(4, 3), w=P(torch.randn(3)), b=nn.Linear(1, 3))  # fmt: skip
+        X, y = torch.randn(6, 4), torch.randint(3, (6,))
+        with pytest.warns(SlowPathWarning, match="No parameter product for 'w'"):
+            got = curvature(model, nn.CrossEntropyLoss(), (X, y), DiagGGNExact(), method="coupled").diag_ggn_exact
+        want = reference.ggn_diagonal(model, nn.CrossEntropyLoss(), X, y)
+    assert all(torch.allclose(got[name], t, rtol=1e-10, atol=1e-14) for name, t in want.items())
