@@ -30,6 +30,7 @@ from bncurv.factor import source_of
 from bncurv.sketch import Basis, basis
 
 FEWEST = 12  # draws from which on their spread tells an error
+MANY = 10**6  # degrees of freedom as of a normal distribution
 SAFETY = 1.5  # by how much an error estimated from draws is taken larger
 
 
@@ -102,11 +103,11 @@ class Deflated(Procedure):
             if not affordable(r - estimate.exact + more):
                 return False
             estimate.deflate(r)
-            estimate.draw(max(1, more) if estimate.draws else FEWEST, keep=not estimate.draws)
-            worst = max(everybody.numbers(estimate.error(self._goal.confidence) / rtol))
-            if worst <= 1:
+            estimate.draw(max(FEWEST // 2, more) if estimate.draws else FEWEST, keep=not estimate.draws)
+            now, then = (max(everybody.numbers(e / rtol)) for e in estimate.errors(self._goal.confidence))
+            if now <= 1:
                 return True
-            scale = estimate.draws * (worst / found.tail(estimate.exact)) ** 2
+            scale = estimate.draws * (then / found.tail(estimate.exact)) ** 2
 
     # ---------------------------------------------------------------- columns
     def _cotangents(self, w: Tensor) -> Tensor:
@@ -219,16 +220,20 @@ class _Estimate:
         self.tail[name] += squares.sum(0)
         self._traces[name].append(squares.flatten(1).sum(1))
 
-    def error(self, confidence: float) -> float:
-        """The largest of all parameters' relative errors of trace (at that confidence) and of diagonal."""
-        M, worst = self.draws, 0.0
+    def errors(self, confidence: float) -> tuple[float, float]:
+        """The largest of all parameters' relative errors of trace (at that confidence) and of diagonal.
+
+        Once as it is known from so many draws, and once as if the spread were known exactly: to plan with.
+        """
+        M, worst = self.draws, (0.0, 0.0)
         quiet = self._engine.structure.vanishes  # nothing but rounding
         alive = {n: h + self.tail[n] / M for n, h in self.head.items() if not quiet(n)}
         alive = {n: d for n, d in alive.items() if bool(d.any())}
-        quantile = float(stdtrit(M - 1, 1 - (1 - confidence) / max(1, len(alive))))
+        quantiles = [float(stdtrit(nu, 1 - (1 - confidence) / max(1, len(alive)))) for nu in (M - 1, MANY)]
         for name, diagonal in alive.items():
             spread = torch.cat(self._traces[name]).std() / M**0.5
             deviation = (2 / M) ** 0.5 * self.tail[name].norm() / M  # √Var[T]
-            relative = quantile * spread / diagonal.sum(), SAFETY * deviation / diagonal.norm()
-            worst = max(worst, *(float(e) for e in relative))
+            trace, entries = float(spread / diagonal.sum()), SAFETY * float(deviation / diagonal.norm())
+            now, then = (max(quantile * trace, entries) for quantile in quantiles)
+            worst = max(worst[0], now), max(worst[1], then)
         return worst

@@ -239,7 +239,7 @@ def deflated(shards: tuple[int, ...], statistics: str, goal: dict[str, Any]) -> 
         patch.setattr(Deflated, "_price", lambda *_: float("inf"))
         patch.setattr(Basis, "best", lambda self, passes, fewest: exact)
         patch.setattr(Basis, "cheapest", lambda self, scale, fewest, known: (exact, float(M)))
-        patch.setattr("bncurv.deflation._Estimate.error", lambda self, _: float(self.draws < M))
+        patch.setattr("bncurv.deflation._Estimate.errors", lambda self, _: (float(self.draws < M),) * 2)
         if statistics == "same":
             return told(curvature(mlp(), CE, batch(12), DiagGGNMC(**goal), process_group=dist.group.WORLD))
         model = nn.parallel.DistributedDataParallel(mlp()) if statistics == "own" else synced(mlp())
