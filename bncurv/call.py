@@ -95,7 +95,7 @@ class Call:
         """All that is the user's."""
         roots = [self._model, *([self._loss_fn] if isinstance(self._loss_fn, nn.Module) else [])]
         leave_as_is(undo, *roots)
-        self._copies = bytes_kept(*roots)
+        self._copies = bytes_kept(*roots) if self._memory else 0
 
     def record(self, undo: Undo, data: Any) -> Iterator[Batch]:
         """The mini-batches, each recorded when it is asked for."""

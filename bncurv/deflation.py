@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from bncurv.blocks import Batch, Rows, Squares, WholeBatch
@@ -30,7 +30,6 @@ from bncurv.factor import source_of
 from bncurv.sketch import Basis, basis
 
 FEWEST = 12  # draws from which on their spread tells an error
-MANY = 10**6  # degrees of freedom as of a normal distribution
 SAFETY = 1.5  # by how much an error estimated from draws is taken larger
 
 
@@ -81,7 +80,8 @@ class Deflated(Procedure):
         estimate = _Estimate(engine, found, self._cotangents, self._normal)
         if self._goal.passes:
             left = self._goal.passes - found.spent
-            estimate.deflate(found.best(left, FEWEST))
+            # groups of ranks have bases of their own, but go through the same passes
+            estimate.deflate(int(min(self._batch.ranks.everybody.numbers(found.best(left, FEWEST)))))
             estimate.draw(left - estimate.exact)
         elif not self._reach(estimate, found, lambda passes: self._cost(engine, passes) < exact):
             yield from self._exactly(engine)
@@ -229,7 +229,8 @@ class _Estimate:
         quiet = self._engine.structure.vanishes  # nothing but rounding
         alive = {n: h + self.tail[n] / M for n, h in self.head.items() if not quiet(n)}
         alive = {n: d for n, d in alive.items() if bool(d.any())}
-        quantiles = [float(stdtrit(nu, 1 - (1 - confidence) / max(1, len(alive)))) for nu in (M - 1, MANY)]
+        level = 1 - (1 - confidence) / max(1, len(alive))
+        quantiles = float(stdtrit(M - 1, level)), float(ndtri(level))
         for name, diagonal in alive.items():
             spread = torch.cat(self._traces[name]).std() / M**0.5
             deviation = (2 / M) ** 0.5 * self.tail[name].norm() / M  # √Var[T]

@@ -41,16 +41,19 @@ class Division:
         self._asked = ranks.everybody if ranks.plain else ALONE  # who is asked
         self._same: bool | None = None
         self._count = 0
+        if self._asked.size > 1:
+            self._check_state(model, loss_fn)
+
+    def _check_state(self, model: nn.Module, loss_fn: Any) -> None:
         tensors = {f"parameter '{name}'": p for name, p in model.named_parameters()}
         if isinstance(loss_fn, nn.Module):
             tensors |= {f"'{name}' of the loss": t for name, t in loss_fn.state_dict().items()}
-        if self._asked.size > 1:
-            for name, there in zip(tensors, self._equal([[t] for t in tensors.values()]), strict=True):
-                if not there:
-                    raise ValueError(
-                        f"process_group: {name} is not the same on all {self._asked.size} ranks, and curvature is that "
-                        "of one model. Broadcast it (torch.distributed.broadcast) or load the same state on all."
-                    )
+        for name, there in zip(tensors, self._equal([[t] for t in tensors.values()]), strict=True):
+            if not there:
+                raise ValueError(
+                    f"process_group: {name} is not the same on all {self._asked.size} ranks, and curvature is that "
+                    "of one model. Broadcast it (torch.distributed.broadcast) or load the same state on all."
+                )
 
     def of(self, batch: Any) -> Ranks:
         """The ranks that the next mini-batch is computed with.

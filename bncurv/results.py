@@ -27,8 +27,8 @@ class Results(Mapping[str, Any]):
         passes: backward passes of a whole batch that it took, over all mini-batches; over several ranks this one's.
         batches: number of mini-batches.
         error: with ``tol > 0``, the estimated Frobenius norm of what was dropped from V, by parameter name, over all
-            columns of all mini-batches at their weights. A diagonal of the GGN with trace t is
-            off by at most ``2 √t error + error²`` in the sum of its entries.
+            columns of all mini-batches at their weights. A diagonal of the GGN with trace t is off by at most
+            ``2 √t error + error²`` in the sum of its entries.
         samples: which samples the rows of per-component results are: all in order; over several ranks this rank's,
             counted mini-batch by mini-batch and in each of them rank by rank.
         messages: over several ranks, what was sent: purpose → number, and bytes of this rank's.
@@ -157,7 +157,7 @@ class Results(Mapping[str, Any]):
 
 
 def _mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """A function of all tensors of a field; of what has tensors inside, by its own ``to``."""
+    """A function of all tensors of a field; of what has tensors inside, by its own ``mapped``."""
     if isinstance(value, Mapping):
         return {name: _mapped(one, f) for name, one in value.items()}
     if isinstance(value, Tensor):

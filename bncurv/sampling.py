@@ -149,11 +149,14 @@ class DiagGGNMC(_Sampled):
             raise ValueError(f"rtol={rtol!r}; expected a relative error between 0 and 1.")
         if not 0 < confidence < 1:
             raise ValueError(f"confidence={confidence!r}; expected a probability between 0 and 1.")
-        deflated = passes is not None or rtol is not None
-        if deflated and kind != "rademacher":
-            raise ValueError(f"kind={kind!r} goes with mc_samples=M; passes=B and rtol=ε draw Gaussian columns.")
         self.passes, self.rtol, self.confidence = passes, rtol, confidence
-        self.goal = Goal(passes, rtol, confidence) if deflated else None
+        if self.goal and kind != "rademacher":
+            raise ValueError(f"kind={kind!r} goes with mc_samples=M; passes=B and rtol=ε draw Gaussian columns.")
+
+    @property
+    def goal(self) -> Goal | None:
+        """What to reach, where it is no number of draws."""
+        return Goal(self.passes, self.rtol, self.confidence) if self.passes or self.rtol else None
 
     def __repr__(self) -> str:
         return super().__repr__().replace("mc_samples=1, ", "") if self.goal else super().__repr__()

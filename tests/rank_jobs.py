@@ -237,12 +237,14 @@ def deflated(shards: tuple[int, ...], statistics: str, goal: dict[str, Any]) -> 
     with MonkeyPatch.context() as patch:
         patch.setattr(Deflated, "_normal", every)
         patch.setattr(Deflated, "_price", lambda *_: float("inf"))
-        patch.setattr(Basis, "best", lambda self, passes, fewest: exact)
+        own_best = dist.get_rank() // 2 if statistics == "pairs" else 0  # each pair would rather have its own
+        patch.setattr(Basis, "best", lambda self, passes, fewest: exact + own_best)
         patch.setattr(Basis, "cheapest", lambda self, scale, fewest, known: (exact, float(M)))
         patch.setattr("bncurv.deflation._Estimate.errors", lambda self, _: (float(self.draws < M),) * 2)
         if statistics == "same":
             return told(curvature(mlp(), CE, batch(12), DiagGGNMC(**goal), process_group=dist.group.WORLD))
-        model = nn.parallel.DistributedDataParallel(mlp()) if statistics == "own" else synced(mlp())
+        of = {"own": lambda: nn.parallel.DistributedDataParallel(mlp()), "pairs": paired}
+        model = of.get(statistics, lambda: synced(mlp()))()
         return told(curvature(model, CE, mine(shards), DiagGGNMC(**goal)))
 
 

@@ -88,6 +88,7 @@ OF_FOUR: dict[str, tuple[Callable, tuple, dict]] = {
     "coupled": (jobs.exact, ("cnn", FOUR, "coupled"), {}),
     "dense": (jobs.exact, ("mlp", FOUR, "dense"), {}),
     **{f"pairs {method}": (jobs.pairs, (FOUR, method), {}) for method in (*WAYS, "auto")},
+    "pairs deflated": (jobs.deflated, (FOUR, "pairs", {"passes": 2 + 3 + 60}), {}),
     "pairs truncated": (jobs.truncated, (FOUR, 0.3, True), {}),
     "same cnn 3 coupled": (jobs.same, ("cnn", 3, "coupled"), {"chunk_size": 1}),
     "same mlp 3 dense": (jobs.same, ("mlp", 3, "dense"), {}),
@@ -211,6 +212,15 @@ def test_statistics_of_pairs_of_ranks(way, four):
     """The loss is everybody's, statistics are those of two ranks each; all go through equally many passes."""
     assert_same(four[f"pairs {way}"], alone("mlp", FOUR, groups=(8, 7)), FOUR)
     assert len({part["passes"] for part in four[f"pairs {way}"]}) == 1
+
+
+def test_deflated_estimates_in_pairs_of_ranks(four):
+    """Each pair has a basis of its own, and all take as many directions of it."""
+    exact = alone("mlp", FOUR, DiagGGNExact(), groups=(8, 7)).diag_ggn_exact
+    for part in four["pairs deflated"]:
+        assert (part["passes"], part["method"]) == (2 + 3 + 60, "sampled")
+        for name, t in ((name.removeprefix("model."), t) for name, t in exact.items()):
+            assert_close(part["diag_ggn_mc"][name], t, 1e-12)
 
 
 def test_truncation_in_pairs_of_ranks(four):
