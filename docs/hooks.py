@@ -27,11 +27,6 @@ SHOWN = (
     "experiments/benchmark/results/*.png",
     "notebooks/*.ipynb",
 )
-# headings of the README that its own text links to, and where they are on the site
-ANCHORS = {
-    "#memory": "memory.md",
-    "#where-the-exact-diagonal-is-too-dear": "quantities.md#where-the-exact-diagonal-is-too-dear",
-}
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 FENCE = re.compile(r"(^[ ]*```.*?^[ ]*```)", re.MULTILINE | re.DOTALL)
 
@@ -111,13 +106,11 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 def of_site(target: str, page: str) -> str:
     """The target of a link on a page (its path on the site), as a link between pages of the site."""
     here = PurePosixPath(page).parent.as_posix()
-    if target in ANCHORS and page != ANCHORS[target].partition("#")[0]:
-        return os.path.relpath(ANCHORS[target], here)
     if re.match(r"[a-z]+:|#", target):
         return target
     home = "docs/" if (ROOT / "docs" / page).exists() else ""
     path, mark, anchor = os.path.normpath(f"{home}{here}/{target}").partition("#")
-    path = re.sub(r"^docs/", "", path)
+    path = "index.md" if path == "README.md" else re.sub(r"^docs/", "", path)
     path = re.sub(r"^(notebooks/.*)\.ipynb$", r"\1.md", path)
     return os.path.relpath(path, here) + mark + anchor
 

@@ -1,35 +1,32 @@
-"""The README's tables of exactness and of cost in backward passes, as Markdown.
+"""The tables of exactness and of cost in backward passes in docs/exactness.md, as Markdown.
 
     python experiments/exactness.py [--quick] [--write]
 
 Exactness: bncurv in float64 against the dense oracle (`bncurv.reference`) on every case of
 `tests/cases.py`; the largest relative error of a family. Cost: backward passes of the batch for
 the exact GGN diagonal of the benchmark's networks, counted while they are taken. `--write` puts the
-tables between the README's markers.
+tables into that page, and the largest error of each family into the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark.networks import make_problem
 from lib.modules import module_from
+from lib.pages import ROOT, insert
 from torch import Tensor
 from tqdm import tqdm
 
 from bncurv import ComponentGrad, DiagGGNExact, LowRankGGN, SlowPathWarning, curvature, reference
 
-ROOT = Path(__file__).parent.parent
-
 cases = module_from(ROOT / "tests/cases.py")  # the tests' catalogue: their data, not their code, is what is tabled
-
-BEGIN, END = "<!-- exactness:begin -->", "<!-- exactness:end -->"
 
 FAMILIES = {
     "networks: BatchNorm in every option and place, all layers, U-Net, segmentation, sequences": [
@@ -148,24 +145,30 @@ def tables(quick: bool) -> str:
     return "\n".join(parts)
 
 
-def insert(text: str, readme: Path) -> None:
-    """Replace what stands between the markers."""
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+def brief(text: str) -> str:
+    """The first of these tables with one figure for each family: its largest error."""
+    first = [line for line in text.split("\n\n")[1].splitlines() if line.startswith("| ")]
+    rows = ["| cases, float64 against the dense oracle | number | largest relative error |", "|---|---|---|"]
+    for line in first[1:]:
+        family, number, *cells = line.strip("| ").split(" | ")
+        worst = max(re.findall(r"\d+e-\d+", " ".join(cells)), key=float)
+        way = " by the dense way; the coupled one is refused" if "refused" in line else ""
+        rows.append(f"| {family} | {number} | {worst}{way} |")
+    return "\n".join(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="every eighth case, tiny batches")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/exactness.md and README.md")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", SlowPathWarning)
     text = tables(args.quick)
     print(text)
     if args.write:
-        insert(text, ROOT / "README.md")
-        print(f"wrote {ROOT / 'README.md'}")
+        insert(ROOT / "docs/exactness.md", "exactness", text)
+        insert(ROOT / "README.md", "exactness-brief", brief(text))
     return 0
 
 

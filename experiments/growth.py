@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from benchmark.networks import NETWORKS
+from lib.pages import ROOT, insert
 from torch import Tensor, nn
 
 import bncurv
 
-# what the README's section on speed speaks of
+# what docs/speed.md speaks of
 SMALL = (("vgg", 128), ("vgg", 256), ("vgg", 1024), ("resnet20-c100", 64), ("wrn16-2-c100", 32))
-PAGE = Path(__file__).parents[1] / "docs/growth.md"
 
 
 class Bottleneck(nn.Module):
@@ -234,10 +233,7 @@ def main() -> int:
     )
     print(text)
     if args.write:
-        begin, end = "<!-- growth:begin -->", "<!-- growth:end -->"
-        before, _, rest = PAGE.read_text().partition(begin)
-        PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
-        print(f"wrote {PAGE}")
+        insert(ROOT / "docs/growth.md", "growth", text)
     return int(any("but" in word for word in said))
 
 

@@ -16,12 +16,12 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark.meters import peak_memory, synchronize
 from benchmark.networks import make_problem
+from lib.pages import ROOT, insert
 
 import bncurv
 
@@ -37,7 +37,6 @@ CELLS = (
 TIMES = 1, 2, 5
 MOST = 1.2  # of the budget
 APART = {torch.float32: 1e-5, torch.float64: 1e-12}  # of results, relatively
-PAGE = Path(__file__).parents[1] / "docs/memory.md"
 HEAD = ["network", "N", "way", "its graph", "budget", "peak", "peak / budget", "passes", "s", "no limit: peak", "s"]
 
 
@@ -114,9 +113,7 @@ def main() -> int:
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     print(text)
     if args.write:
-        begin, end = "<!-- memory:begin -->", "<!-- memory:end -->"
-        before, _, rest = PAGE.read_text().partition(begin)
-        PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        insert(ROOT / "docs/memory.md", "memory", text)
     return int(failed)
 
 
