@@ -12,40 +12,37 @@ Exit status 1 if a goal is missed in more than 5 % of the repeats, or limits hol
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from benchmark.networks import resnet
 from lib import figures
-from lib.resnet import SmallResNet, load_data, train
-from torch import Tensor, nn
+from lib.estimates import (
+    BUILDERS,
+    CE,
+    Case,
+    Diagonal,
+    alive,
+    cases,
+    curvlinops_diagonal,
+    estimate,
+    mean,
+    rms,
+    timed,
+    worst,
+)
+from lib.networks import resnet
+from lib.resnet import SmallResNet
 from tqdm import tqdm
 
-from bncurv import DiagGGNExact, DiagGGNMC, curvature
+from bncurv import DiagGGNMC, curvature
 
 BUDGETS = 60, 100, 200
 GOALS = 0.1, 0.03, 0.01
 FEW = 3  # repeats of the others, whose error is known by theory
-CE = nn.CrossEntropyLoss()
-Diagonal = dict[str, Tensor]
-
-
-class Case(NamedTuple):
-    """A network at a batch, its exact diagonal, and what that took."""
-
-    name: str
-    model: nn.Module
-    batch: tuple[Tensor, Tensor]
-    exact: Diagonal
-    seconds: float
-    passes: int
 
 
 def parse() -> argparse.Namespace:
@@ -60,94 +57,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--figure", type=Path, help="where to save a plot of error against passes")
     return parser.parse_args()
-
-
-def mlp() -> nn.Module:
-    """Two hidden layers with BatchNorm."""
-    hidden = nn.Linear(64, 100), nn.BatchNorm1d(100), nn.ReLU(), nn.Linear(100, 100), nn.BatchNorm1d(100), nn.ReLU()
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(100, 10))
-
-
-BUILDERS: dict[str, Callable[[], nn.Module]] = {"ResNet": SmallResNet, "MLP": mlp}
-
-
-def cases(args: argparse.Namespace) -> list[Case]:
-    """Trained and as initialised, each with its exact diagonal."""
-    digits = load_data(args.seed, args.device)
-    n = 256 if args.large else args.batch_size
-    wide: dict[str, Callable[[], nn.Module]] = {"ResNet, 96 channels": lambda: SmallResNet(96)}
-    found = []
-    for name, build in (wide if args.large else BUILDERS).items():
-        for epochs in (args.epochs, 0):
-            torch.manual_seed(args.seed)
-            model = build().to(args.device)
-            if epochs:
-                train(model, digits, epochs)
-            batch = digits.train_x[:n], digits.train_y[:n]
-            seconds, res = timed(partial(curvature, model.train(), CE, batch, DiagGGNExact()))
-            which = f"{name}, {'trained' if epochs else 'initial'}"
-            found.append(Case(which, model, batch, res.diag_ggn_exact, seconds, res.passes))
-    return found
-
-
-def timed(call: Callable) -> tuple[float, Any]:
-    """Seconds, and what the call returns."""
-    start = time.perf_counter()
-    result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
-def alive(exact: Diagonal) -> list[str]:
-    """Tensors whose diagonal is more than rounding (a bias below a BatchNorm has none)."""
-    most = max(float(t.max()) for t in exact.values())
-    return [name for name, t in exact.items() if float(t.max()) > 1e-9 * most]
-
-
-def errors(got: Diagonal, exact: Diagonal) -> Tensor:
-    """Relative error of every tensor."""
-    return torch.stack([(got[n] - exact[n]).norm() / exact[n].norm() for n in alive(exact)]).double().cpu()
-
-
-def rms(got: Diagonal, exact: Diagonal) -> float:
-    """Root mean square over the tensors."""
-    return float(errors(got, exact).square().mean().sqrt())
-
-
-def worst(got: Diagonal, exact: Diagonal) -> float:
-    """The largest relative error of a diagonal or a trace."""
-    traces = [abs(float(got[n].sum() / exact[n].sum() - 1)) for n in alive(exact)]
-    return max(float(errors(got, exact).max()), *traces)
-
-
-def estimate(case: Case, quantity: DiagGGNMC) -> tuple[float, Any]:
-    """Sampled, whatever the coupled way costs: ``method="dense"`` compares with the plain passes only."""
-    return timed(lambda: curvature(case.model, CE, case.batch, quantity, method="dense"))
-
-
-def curvlinops_diagonal(case: Case, passes: int, kind: str) -> Diagonal | None:
-    """Of curvlinops' GGN, a product counted as two passes; ``None`` where it is not installed."""
-    try:
-        import curvlinops
-    except ImportError:
-        return None
-    model = copy.deepcopy(case.model)
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):  # it cannot trace the update of running statistics
-            m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked = False, None, None, None
-    parameters, data = list(model.parameters()), [case.batch]
-    operator = curvlinops.GGNLinearOperator(
-        model, CE, parameters, data, check_deterministic=False, num_data=len(case.batch[1])
-    )
-    flat = getattr(curvlinops, kind)(operator, passes // 2).detach()
-    parts = flat.split([p.numel() for p in parameters])
-    return {n: part.view_as(p) for (n, p), part in zip(model.named_parameters(), parts, strict=True)}
-
-
-def mean(values: list[float]) -> float:
-    """Root mean square over repeats."""
-    return (sum(v**2 for v in values) / len(values)) ** 0.5
 
 
 def budgets(found: list[Case], repeats: int, bar: tqdm) -> dict[str, dict[str, list[float]]]:
@@ -252,7 +161,8 @@ def main() -> int:
     args = parse()
     if args.resnet18:
         return resnet18(args)
-    found = cases(args)
+    networks = {"ResNet, 96 channels": partial(SmallResNet, 96)} if args.large else BUILDERS
+    found = list(cases(networks, 256 if args.large else args.batch_size, args.epochs, args.seed, args.device))
     calls = len(BUDGETS) * (min(args.repeats, 10) + 3 * FEW) + len(GOALS) * args.repeats + 2 * args.repeats
     bar = tqdm(total=len(found) * calls, desc="estimates", unit="call")
     table = budgets(found, args.repeats, bar)

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from benchmark.networks import make_problem
 from lib.modules import module_from
+from lib.networks import make_problem
 from lib.pages import ROOT, insert
 from torch import Tensor
 from tqdm import tqdm

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from benchmark.networks import NETWORKS
+from lib.networks import build
 from lib.pages import ROOT, insert
 from torch import Tensor, nn
 
@@ -160,10 +160,10 @@ def rows(c: Count, n: int, classes: int, draws: int = 100, products: int = 40) -
 
 def diagonal(name: str, n: int) -> list[str]:
     """The exact diagonal of a benchmark network of convolutions: work of the plain passes and of bncurv's parts."""
-    network = NETWORKS[name]
     with torch.device("meta"):
-        c = count(network.build(network.classes), torch.empty(1, *network.shape))
-    plain, passes, correction = work(c, n, network.classes)
+        network, shape, classes = build(name)
+        c = count(network, torch.empty(1, *shape))
+    plain, passes, correction = work(c, n, classes)
     said = [human(value, "FLOP") for value in (plain, passes, correction)]
     return [name, str(n), *said, f"{plain / (passes + correction):.1f}", human(4 * c.directions, "B")]
 
@@ -195,8 +195,7 @@ def check() -> list[str]:
     """Counted passes of the coupled way against those that bncurv reports, for the benchmark's small networks."""
     said = []
     for name in ("mlp", "cnn", "vgg"):
-        network = NETWORKS[name].build(10)
-        shape, n = NETWORKS[name].shape, 16
+        (network, shape, _), n = build(name), 16
         X, y = torch.randn(n, *shape), torch.randint(10, (n,))
         counted = 9 + count(network, X[:1]).passing
         res = bncurv.curvature(network, nn.CrossEntropyLoss(), (X, y), bncurv.DiagGGNExact(), method="coupled")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from benchmark.meters import peak_memory, synchronize
-from benchmark.networks import make_problem
+from lib.networks import make_problem
 from lib.pages import ROOT, insert
 
 import bncurv

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import digits_resnet as demo
@@ -11,7 +13,7 @@ import estimator
 import pytest
 import tolerance
 import torch
-from lib import resnet, systems
+from lib import estimates, resnet, systems
 from lib.plain import relative_error
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -92,17 +94,44 @@ def test_growth_counts_the_passes_that_are_taken() -> None:
 
 def test_benchmark_runs_and_its_table_and_plot_are_made(tmp_path: Path) -> None:
     bench = EXPERIMENTS / "benchmark"
-    grid = ["--nets", "cnn", "--sizes", "8", "--jobs", "diag", "--chunks", "16", "--only", "vmap,bncurv"]
+    grid = ["--nets", "cnn", "--sizes", "8,12", "--jobs", "diag", "--chunks", "16", "--only", "vmap,bncurv"]
     effort = ["--budget", "1", "--patience", "0", "--repeats", "1", "--min-time", "0.01", "--threads", "1"]
-    done = run_script(str(bench / "run.py"), *grid, *effort, "--out", str(tmp_path))
+    results = tmp_path / "results.jsonl"
+    done = run_script(str(bench / "run.py"), *grid, *effort, "--out", str(results))
     assert done.returncode == 0, done.stdout + done.stderr
-    results = tmp_path / "results.json"
-    table = run_script(str(bench / "table.py"), str(results), "--brief")
-    assert table.returncode == 0, table.stderr
-    assert "| cnn | 8 |" in table.stdout
+    assert "skipped" not in done.stdout and "| cnn | 8 | func vmap(vjp), 16 |" in done.stdout
+    rows = [json.loads(line) for line in results.read_text().splitlines()[1:]]
+    assert len(rows) == 8 and all(row["seconds"] and row["flops"] for row in rows)
     plot = run_script(str(bench / "plot.py"), str(results))
     assert plot.returncode == 0, plot.stdout + plot.stderr
     assert list(tmp_path.glob("*.png"))
+
+
+def test_equal_accuracy_scales_what_falls_by_a_law_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "benchmark"))
+    import accuracy
+
+    for name, value in {"GOALS": (0.3, 0.1), "BUDGETS": (16, 64), "REPEATS": 2, "MOST": 32}.items():
+        monkeypatch.setattr(accuracy, name, value)
+    case, _ = estimates.cases({"MLP": estimator.BUILDERS["MLP"]}, 32, epochs=1)
+    options = {"device": torch.device("cpu"), "clock": "cpu", "repeats": 1, "patience": 0, "budget": 1}
+    rows = accuracy.measure_accuracy(case, Namespace(**options))
+    found = {(row["competitor"], row["rtol"]): row for row in rows}
+
+    assert found["bncurv", 0.0]["passes"] == case.passes
+    assert found["bncurv", 0.1]["error"] < 0.1 and not found["bncurv", 0.1]["extrapolated"]
+    coarse, fine = (found["draws alone", goal] for goal in (0.3, 0.1))
+    assert fine["extrapolated"] and fine["passes"] == pytest.approx(9 * coarse["passes"], abs=5)
+    assert fine["seconds"] / coarse["seconds"] == pytest.approx(9)
+    measured = estimates.error(case, accuracy.LAWS["draws alone"], coarse["passes"], 8)
+    assert 0.15 < measured < 0.6  # so many draws are off by about that much
+
+
+def test_benchmark_prints_the_results_kept() -> None:
+    table = run_script(str(EXPERIMENTS / "benchmark/table.py"), "--jobs", "diag,mc")
+    assert table.returncode == 0, table.stderr
+    assert "| convnext | 256 | autograd batched NHWC, 4 | ~11.7 s | 326 ms | **35.9×** | 2304 / 105 |" in table.stdout
+    assert "cnn 0.84 (best peer 1.82)" in table.stdout and "64 draws" in table.stdout
 
 
 def test_tolerance_claims_the_error_that_it_makes(
@@ -119,7 +148,7 @@ def test_estimator_keeps_its_word(
     """A small MLP at few goals: met, and limits that hold."""
     monkeypatch.setattr(estimator, "BUDGETS", (40,))
     monkeypatch.setattr(estimator, "GOALS", (0.1,))
-    monkeypatch.setattr(estimator, "BUILDERS", {"MLP": estimator.mlp})
+    monkeypatch.setattr(estimator, "BUILDERS", {"MLP": estimator.BUILDERS["MLP"]})
     options = ["--epochs", "1", "--repeats", "4", "--batch-size", "32", "--figure", str(tmp_path / "error.png")]
     monkeypatch.setattr(sys, "argv", ["estimator.py", *options])
     assert estimator.main() == 0

@@ -1,36 +1,36 @@
-"""Meters: time with a gate for busy neighbours, peak memory, counted FLOPs, the GEMM rate."""
+"""Meters: time beside busy neighbours, peak memory, counted FLOPs, the rate of a matrix product.
+
+`torch.utils.benchmark.Timer` takes the matrix product's time. Samples it does not take: it warms up before each, twice
+the work for calls of a minute, and knows nothing of neighbours. `FlopCounterMode` does not count either: it hooks every
+module and gradient, which bncurv must take for code of the user's, and gradients at leaves refuse; its table of
+formulas is used under a bare dispatch mode.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 
 QUIET = 0.12  # share of the CPUs that other processes may use in a sample that counts
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # CPU seconds: fair with one thread
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of one call, its CPU seconds, and the share of the CPUs that others used."""
+class Sample(NamedTuple):
+    """Seconds of one call by each clock, and the share of the CPUs that others used meanwhile."""
 
-    seconds: float
-    foreign: float
+    wall: float
     cpu: float
-
-    def on(self, clock: str) -> float:
-        """Seconds on the wall's clock or on the CPU's (fair with one thread only)."""
-        return self.cpu if clock == "cpu" else self.seconds
+    foreign: float
 
 
 def synchronize(device: torch.device) -> None:
@@ -52,54 +52,29 @@ def _busy_seconds() -> float:
 def time_call(call: Callable[[], Any], device: torch.device, inner: int = 1) -> Sample:
     """Mean seconds of ``inner`` calls."""
     synchronize(device)
-    busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
+    busy, cpu, wall = _busy_seconds(), time.process_time(), time.perf_counter()
     for _ in range(inner):
         call()
     synchronize(device)
-    wall = time.perf_counter() - start
-    cpu = time.process_time() - own
-    foreign = max(0.0, _busy_seconds() - busy - cpu)
-    return Sample(wall / inner, foreign / (wall * (os.cpu_count() or 1)), cpu / inner)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    foreign = max(0.0, _busy_seconds() - busy - cpu) / (wall * (os.cpu_count() or 1))
+    return Sample(wall / inner, cpu / inner, foreign)
 
 
-@dataclass
-class Gate:
-    """Waits for busy neighbours to stop, as long as its patience lasts; keeps the clock."""
-
-    patience: float = 0.0
-    clock: str = "wall"
-
-    def now(self) -> float:
-        """The time on the clock that counts."""
-        return time.process_time() if self.clock == "cpu" else time.perf_counter()
-
-    def wait(self) -> None:
-        """Return when other processes are quiet, or when the patience is used up."""
-        while self.patience > 0:
-            busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
-            time.sleep(0.15)
-            wall = time.perf_counter() - start
-            foreign = _busy_seconds() - busy - (time.process_time() - own)
-            if foreign <= QUIET * wall * (os.cpu_count() or 1):
-                return
-            self.patience -= wall
-
-    def charge(self, sample: Sample, usual: float) -> float:
-        """Seconds to count: what a busy neighbour cost comes out of the patience, if it lasts."""
-        if sample.foreign <= QUIET or self.patience <= 0:
-            return sample.seconds
-        self.patience -= sample.seconds - usual
-        return usual
+def wait_for_quiet(patience: float) -> float:
+    """Return when other processes are quiet or the patience [s] is used up; what is left of it."""
+    while patience > 0:
+        sample = time_call(lambda: time.sleep(0.15), torch.device("cpu"))
+        if sample.foreign <= QUIET:
+            break
+        patience -= sample.wall
+    return patience
 
 
 def quiet_median(samples: list[Sample], clock: str = "wall") -> tuple[float, int]:
-    """Median of the quiet samples (of all of them if none is), and how many are.
-
-    On the CPU's clock all of them count: it is for a machine that is never quiet.
-    """
-    quiet = [s for s in samples if s.foreign <= QUIET]
-    counted = quiet if clock == "wall" and quiet else samples
-    return median(s.on(clock) for s in counted), len(quiet)
+    """Median of the quiet samples (of all if none is), and how many are: all of them by the CPU's clock."""
+    quiet = [s for s in samples if clock == "cpu" or s.foreign <= QUIET]
+    return median(getattr(s, clock) for s in quiet or samples), len(quiet)
 
 
 def total_memory(device: torch.device) -> int:
@@ -123,11 +98,11 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, int
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = call()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -145,29 +120,20 @@ IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 
 
 class FlopMeter(TorchDispatchMode):
-    """Counts FLOPs (two per multiply-add) of matrix products and convolutions."""
+    """Counts FLOPs (two per multiply-add) of matrix products and convolutions, by PyTorch's table of formulas."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+    flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
-        if packet is aten.convolution:
-            self.flops += _convolution_flops(out, args[0], args[1], args[6])
-        elif packet is aten.convolution_backward:
-            grad, x, weight, mask = args[0], args[1], args[2], args[10]
-            self.flops += (mask[0] + mask[1]) * _convolution_flops(grad, x, weight, args[7])
+        if packet is aten.convolution_backward:  # the table takes groups for one here: each half as the forward pass
+            grad, x, weight, _, *options, mask = args
+            forward = flop_registry[aten.convolution](x, weight, None, *options, out_val=grad)
+            self.flops += (mask[0] + mask[1]) * forward
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
-
-
-def _convolution_flops(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> int:
-    """FLOPs of a convolution, as of either half of its backward pass (any groups)."""
-    positions = (x if transposed else out).numel()
-    return 2 * positions * math.prod(weight.shape[1:])
 
 
 def count_flops(call: Callable[[], Any]) -> int:
@@ -177,11 +143,9 @@ def count_flops(call: Callable[[], Any]) -> int:
     return meter.flops
 
 
-def gemm_rate(
-    device: torch.device, clock: str = "wall", size: int = 4096, repeats: int = 5
-) -> float:
-    """FLOP/s of a square float32 matrix product, median after one warm-up."""
+def gemm_rate(device: torch.device, clock: str = "wall", size: int = 2048) -> float:
+    """FLOP/s of a square float32 matrix product."""
     a, b = torch.randn(2, size, size, device=device)
-    torch.mm(a, b)
-    samples = [time_call(lambda: torch.mm(a, b), device) for _ in range(repeats)]
-    return 2 * size**3 / quiet_median(samples, clock)[0]
+    wall = {} if clock == "wall" else {"timer": CLOCKS[clock]}
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads(), **wall)
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.2).median

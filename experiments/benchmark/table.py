@@ -1,46 +1,71 @@
-"""Print ``results.json`` as Markdown: bncurv beside the best exact peer, or every competitor."""
+"""Print the results as Markdown: bncurv beside the best exact peer, or every competitor.
+
+A results file has one JSON object per line: environment and settings of a run, then its rows; files can be joined.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+from lib.pages import ROOT, insert  # noqa: E402
+
 Row = dict[str, Any]
-WALL = True
+RESULTS = ROOT / "experiments/benchmark/results/results.jsonl"
 TITLES = {
     "diag": "Exact GGN diagonal",
     "spectrum": "All non-zero GGN eigenvalues",
     "top10": "Ten largest eigenpairs",
     "components": "Per-component gradients",
-    "mc": "Monte-Carlo GGN diagonal, at 10 % relative error",
+    "mc": "Monte-Carlo GGN diagonal, 64 draws",
+    "accuracy": "GGN diagonal of digits networks at equal accuracy: backward passes, time",
 }
 
 
-def clock(row: Row) -> float | None:
-    """The seconds that are compared: for Monte Carlo, those to the target error."""
-    return row.get("seconds_at_target") or row["seconds"]
+@dataclass
+class Run:
+    """One run: where, how, and what was measured."""
+
+    environment: Row
+    settings: Row
+    rows: list[Row] = field(default_factory=list)
+
+    def cells(self, job: str) -> list[list[Row]]:
+        """Rows of a job by network and N."""
+        rows = sorted((r for r in self.rows if r["job"] == job), key=lambda r: (r["net"], r["n"]))
+        return [list(cell) for _, cell in groupby(rows, key=lambda r: (r["net"], r["n"]))]
+
+    @property
+    def where(self) -> str:
+        """The device."""
+        return self.environment["cpu" if self.environment["device"] == "cpu" else "device"]
 
 
-def best(rows: list[Row], kind: str, name: str = "") -> Row | None:
-    """The fastest timed competitor of a kind."""
-    timed = [r for r in rows if r["kind"] == kind and clock(r) and name in r["competitor"]]
-    return min(timed, key=lambda r: clock(r) or 0.0, default=None)
+def load(path: Path) -> list[Run]:
+    """The runs of a file (none if there is no file)."""
+    runs: list[Run] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        if "environment" in row:
+            runs.append(Run(**row))
+        else:
+            runs[-1].rows.append(row)
+    return runs
 
 
-def seconds(row: Row | None) -> str:
-    """Time with three digits, ``~`` where extrapolated, ``?`` where the machine was busy."""
-    if row is None or (value := clock(row)) is None:
-        return "–"
-    sign = "~" if row["extrapolated"] else ""
-    doubt = "?" if WALL and row["quiet"] < min(3, row["samples"]) else ""
-    if value >= 1:
-        return f"{sign}{value:.3g} s{doubt}"
-    return f"{sign}{1e3 * value:.3g} ms{doubt}"
+def best(rows: list[Row], kind: str, name: str = "") -> Row:
+    """The fastest timed competitor of a kind; an empty row if there is none."""
+    timed = [r for r in rows if r["kind"] == kind and r["seconds"] and name in r["competitor"]]
+    return min(timed, key=lambda r: r["seconds"], default={})
 
 
 def number(value: float | None, form: str) -> str:
@@ -48,144 +73,117 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
+def seconds(row: Row) -> str:
+    """Time with three digits, ``~`` where extrapolated, ``?`` where the machine was busy."""
+    if not row.get("seconds"):
+        return "–"
+    sign = "~" if row["extrapolated"] else ""
+    doubt = "?" if row["quiet"] < min(3, row["samples"]) else ""
+    value = f"{row['seconds']:.3g} s" if row["seconds"] >= 1 else f"{1e3 * row['seconds']:.3g} ms"
+    return sign + value + doubt
+
+
+def way(row: Row) -> str:
+    """Name and chunk."""
+    return row.get("competitor", "–") + (f", {row['chunk']}" if (row.get("chunk") or 1) > 1 else "")
+
+
+def table(header: list[str], lines: Iterable[list[str]]) -> str:
     """A Markdown table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def rate(row: Row | None) -> str:
-    """GFLOP/s and the share of the GEMM rate."""
-    if row is None or row.get("gflops") is None:
-        return "–"
-    return f"{row['gflops']:.0f} ({row['gemm_fraction']:.0%})"
-
-
-def ratio(peer: Row | None, mine: Row | None) -> str:
-    """How many times faster ours is."""
-    theirs, own = (None if row is None else clock(row) for row in (peer, mine))
-    if not theirs or not own:
-        return "–"
-    return f"**{theirs / own:.{1 if theirs > own else 2}f}×**"
-
-
-def summary(cells: list[list[Row]]) -> str:
-    """One line per cell: best peer, floor, ours, ratio."""
-    header = ["net", "C", "N", "best peer", "time", "MiB", "passes", "GFLOP/s (of GEMM)"]
-    header += ["bncurv", "time", "MiB", "passes", "GFLOP/s (of GEMM)", "error", "ratio"]
-    header += ["BN in eval mode"]
-    lines = []
-    for rows in cells:
-        peer, mine = best(rows, "peer"), best(rows, "ours", "auto")
-        first = rows[0]
-        line = [first["net"], str(first["classes"]), str(first["n"])]
-        for row, name in ((peer, _way(peer)), (mine, _way(mine))):
-            got = row or {}
-            line += [name, seconds(row), number(got.get("peak_mib"), ".0f")]
-            line += [number(got.get("passes"), "d"), rate(row)]
-        line.append(number((mine or {}).get("error"), ".0e"))
-        line.append(ratio(peer, mine))
-        line.append(seconds(best(rows, "floor")))
-        lines.append(line)
-    return table(header, lines)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines])
 
 
 def brief(cells: list[list[Row]]) -> str:
-    """The README's columns: best peer and bncurv's automatic way."""
+    """One line per cell: best peer and bncurv's automatic way."""
     header = ["net", "N", "best peer (its chunk)", "time", "bncurv", "ratio", "passes", "MiB", "GFLOP/s"]
     lines = []
     for rows in cells:
         peer, mine = best(rows, "peer"), best(rows, "ours", "auto")
-        theirs, own = peer or {}, mine or {}
-        pairs = [
-            f"{number(theirs.get(key), form)} / {number(own.get(key), form)}"
-            for key, form in (("passes", "d"), ("peak_mib", ".0f"), ("gflops", ".0f"))
-        ]
-        lines.append(
-            [rows[0]["net"], str(rows[0]["n"]), _way(peer), seconds(peer), seconds(mine), ratio(peer, mine), *pairs]
-        )
-    return table(header, lines)
-
-
-def _way(row: Row | None) -> str:
-    """Name and chunk of a peer, the way that auto took."""
-    if row is None:
-        return "–"
-    if row["kind"] == "ours":
-        return "coupled" if "coupled" in row["note"] else "dense" if "dense" in row["note"] else ""
-    return row["competitor"] + (f", {row['chunk']}" if (row["chunk"] or 1) > 1 else "")
-
-
-def everything(cells: list[list[Row]]) -> str:
-    """One line per competitor."""
-    header = ["net", "N", "competitor", "chunk", "time", "MiB", "passes", "GFLOP/s (of GEMM)"]
-    header += ["error", "quiet samples", "note"]
-    lines = []
-    for row in (row for rows in cells for row in rows):
-        line = [row["net"], str(row["n"]), row["competitor"], str(row["chunk"] or "–")]
-        line += [seconds(row), number(row.get("peak_mib"), ".0f")]
-        line += [number(row.get("passes"), "d"), rate(row), number(row.get("error"), ".0e")]
-        line += [f"{row['quiet']}/{row['samples']}" if row["seconds"] else "–", row["note"]]
+        times = peer["seconds"] / mine["seconds"] if peer and mine else None
+        ratio = "–" if times is None else f"**{times:.{1 if times > 1 else 2}f}×**"
+        line = [rows[0]["net"], str(rows[0]["n"]), way(peer), seconds(peer), seconds(mine), ratio]
+        for key, form in (("passes", "d"), ("peak_mib", ".0f"), ("gflops", ".0f")):
+            line.append(f"{number(peer.get(key), form)} / {number(mine.get(key), form)}")
         lines.append(line)
     return table(header, lines)
 
 
-def exponents(rows: list[Row]) -> str:
-    """Growth of the time with N between 128 and the largest N, for bncurv and the best peer, per network."""
+def everything(cells: list[list[Row]]) -> str:
+    """One line per competitor."""
+    header = ["net", "N", "competitor", "time", "MiB", "passes", "GFLOP/s", "error", "quiet", "note"]
+    lines = []
+    for row in (row for rows in cells for row in rows):
+        name = way(row) + (f", rtol {row['rtol']:g}" if row.get("rtol") else "")
+        line = [row["net"], str(row["n"]), name, seconds(row)]
+        for key, form in (("peak_mib", ".0f"), ("passes", "d"), ("gflops", ".0f"), ("error", ".0e")):
+            line.append(number(row.get(key), form))
+        lines.append([*line, f"{row['quiet']}/{row['samples']}" if row["seconds"] else "–", row["note"]])
+    return table(header, lines)
+
+
+def accuracy(cells: list[list[Row]]) -> str:
+    """One line per network and goal; a column per competitor."""
+    names = list(dict.fromkeys(r["competitor"] for rows in cells for r in rows))
+    lines = []
+    for rows in cells:
+        found = {(r["rtol"], r["competitor"]): r for r in rows}
+        exact = found[0, "bncurv"]
+        for goal in sorted({r["rtol"] for r in rows if r["rtol"]}, reverse=True):
+            mine = [found.get((goal, name), {}) for name in names]
+            said = [f"{r['passes']:.6g}, {seconds(r)}" if r else "–" for r in [*mine, exact]]
+            lines.append([rows[0]["net"], f"{100 * goal:g} %", *said])
+    return table(["network", "error", *names, "exact"], lines)
+
+
+def slope(points: list[tuple[int, float]]) -> float | None:
+    """Exponent of the growth of time with N, from N = 128 to the largest."""
+    points = [point for point in points if point[0] >= 128]
+    if len(points) < 2:
+        return None
+    (n0, t0), (n1, t1) = points[0], points[-1]
+    return math.log(t1 / t0) / math.log(n1 / n0)
+
+
+def exponents(cells: list[list[Row]]) -> str:
+    """Growth of the time with N for bncurv and the best peer, per network with two N of 128 and more."""
     said = []
-    for net, group in groupby(rows, key=lambda r: r["net"]):
-        cells = [list(g) for _, g in groupby(group, key=lambda r: r["n"])]
-        slopes = []
-        for kind, name in (("ours", "auto"), ("peer", "")):
-            points = [(c[0]["n"], clock(row)) for c in cells if c[0]["n"] >= 128 and (row := best(c, kind, name))]
-            if len(points) > 1:
-                (n0, t0), (n1, t1) = points[0], points[-1]
-                slopes.append(f"{math.log(t1 / t0) / math.log(n1 / n0):.2f}")
-        if len(slopes) == 2:
-            said.append(f"{net} {slopes[0]} (best peer {slopes[1]})")
-    return "Exponent of the time's growth with N, from N = 128 on: " + ", ".join(said) + "."
+    for net, group in groupby(cells, key=lambda rows: rows[0]["net"]):
+        pairs = [(best(rows, "ours", "auto"), best(rows, "peer")) for rows in group]
+        mine, peer = (slope([(r["n"], r["seconds"]) for r in rows if r]) for rows in zip(*pairs, strict=True))
+        if mine and peer:
+            said.append(f"{net} {mine:.2f} (best peer {peer:.2f})")
+    return "\n\nExponent of the time's growth with N, from N = 128 on: " + ", ".join(said) + "." if said else ""
 
 
-def text(content: dict[str, Any], jobs: list[str], form: Callable[[list[list[Row]]], str]) -> str:
-    """Environment line and one table per job."""
-    global WALL
-    env, settings = content["environment"], content["settings"]
-    WALL = settings["clock"] == "wall"
-    where = env["cpu"] if env["device"] == "cpu" else env["device"]
-    parts = [
-        f"{where}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}, "
-        f"GEMM {env['gemm_gflops']:.0f} GFLOP/s, {settings['clock']} clock, {env['date']}. Times are medians; "
-        "~ is extrapolated from a part of the columns, ? had few quiet moments on a shared machine."
-    ]
-    for job in jobs:
-        rows = [row for row in content["rows"] if row["job"] == job]
-        rows.sort(key=lambda r: (r["net"], r["n"]))
-        cells = [list(g) for _, g in groupby(rows, key=lambda r: (r["net"], r["n"]))]
-        if cells:
-            parts.append(f"**{TITLES[job]}**\n\n{form(cells)}")
-            if job == "diag":
-                parts.append(exponents(rows))
+def report(runs: list[Run], form: Callable[[list[list[Row]]], str] = brief, jobs: Iterable[str] = TITLES) -> str:
+    """For each run its environment and one table per job."""
+    parts = []
+    for run in runs:
+        env = run.environment
+        parts.append(
+            f"{run.where}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}, "
+            f"GEMM {env['gemm_gflops']:.0f} GFLOP/s, {run.settings['clock']} clock, {env['date']}. Times are medians; "
+            "~ is extrapolated from a part of the columns, ? had few quiet moments on a shared machine."
+        )
+        for job in jobs:
+            if cells := run.cells(job):
+                shown = (accuracy if job == "accuracy" and form is brief else form)(cells)
+                parts.append(f"**{TITLES[job]}**\n\n{shown}{exponents(cells) if job == 'diag' else ''}")
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    """Print one table per job, or put the brief ones into the README."""
-    here = Path(__file__).resolve().parent
+    """Print the tables, or put them into docs/speed.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, default=here / "results" / "results.json")
+    parser.add_argument("file", nargs="?", type=Path, default=RESULTS)
     parser.add_argument("--full", action="store_true", help="every competitor")
-    parser.add_argument("--brief", action="store_true", help="fewer columns")
-    parser.add_argument("--write", action="store_true", help="put the brief tables into the README")
     parser.add_argument("--jobs", type=lambda s: s.split(","), default=list(TITLES), help=",".join(TITLES))
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
     args = parser.parse_args()
-    form = everything if args.full else brief if args.brief or args.write else summary
-    found = text(json.loads(args.file.read_text()), args.jobs, form)
+    found = report(load(args.file), everything if args.full else brief, args.jobs)
     print(found)
     if args.write:
-        readme, begin, end = here.parents[1] / "README.md", "<!-- bench:begin -->", "<!-- bench:end -->"
-        before, _, rest = readme.read_text().partition(begin)
-        readme.write_text(f"{before}{begin}\n{found}\n{end}{rest.partition(end)[2]}")
-        print(f"wrote {readme}")
+        insert(ROOT / "docs/speed.md", "bench", found)
 
 
 if __name__ == "__main__":
