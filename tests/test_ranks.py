@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import growth
 import pytest
 import rank_jobs as jobs
 import torch
@@ -585,3 +586,12 @@ def test_messages_counted_on_paper(two, monkeypatch):
     counted = messages(count(jobs.plain_cnn(), jobs.batch(1)[0]))
     sent = two["messages"][0]["messages"]
     assert {purpose: 8 * n for purpose, n in counted.items()} == {purpose: sent[purpose].bytes for purpose in counted}
+
+
+@pytest.mark.parametrize("name", ["mlp 5 coupled", "mlp 5 dense", "cnn 30 coupled"])
+def test_growth_counts_what_each_rank_takes(name, two):
+    """experiments/growth.py: N·(C - 1)/W passes, or C - 1 + R/W, at most."""
+    net, count, method = name.split()
+    X, _ = jobs.batch(int(count))
+    plain, coupled = growth.divided(growth.count(jobs.NETS[net](), X[:1]), int(count), 3, ranks=2)
+    assert max(part["passes"] for part in two[f"same {name}"]) == (coupled if method == "coupled" else plain)
