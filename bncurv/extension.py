@@ -105,6 +105,12 @@ def unextend(module: nn.Module) -> nn.Module:
 
     Returns:
         The same module.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Linear(4, 3)
+        >>> bncurv.unextend(bncurv.extend(model)) is model
+        True
     """
     extended = vars(module).get(_ATTRIBUTE)
     if extended is not None:

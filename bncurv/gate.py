@@ -179,6 +179,18 @@ def register_coupled(
         apply: ``(module, x, copies) -> y`` with ``copies [N, *s]``: the rest of the layer, where sample ``n``
             uses ``copies[n]`` only. ``apply(module, x, stats(module, x).expand(N, ...))`` must equal the
             module's own output.
+
+    Example:
+        >>> import torch, bncurv
+        >>> class Centred(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x - x.mean(0)
+        >>> bncurv.register_coupled(Centred, lambda module, x: x.mean(0), lambda module, x, means: x - means)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), Centred(), torch.nn.Linear(3, 2))
+        >>> batch = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> loss_fn = torch.nn.CrossEntropyLoss()
+        >>> bncurv.curvature(model, loss_fn, batch, bncurv.DiagGGNExact(), method="coupled").method
+        'coupled'
     """
     COUPLED[module_class] = CoupledLayer(stats, apply)
 

@@ -65,6 +65,16 @@ class InfluenceProjection(Quantity):
 
     Raises:
         ValueError: for a direction that does not fit the parameters; else as `InfluenceGrad`.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.InfluenceProjection())
+        >>> loss_fn(model(batch[0]), batch[1]).backward()
+        >>> squared = sum(p.grad.square().sum() for p in model.parameters())
+        >>> torch.allclose(res.influence_projection.sum(), squared, rtol=1e-3, atol=1e-6)
+        True
     """
 
     field = "influence_projection"

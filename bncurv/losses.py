@@ -221,6 +221,25 @@ def register_loss(module_class: type[nn.Module], loss: Loss) -> None:
     Args:
         module_class: class of the loss module, called as ``loss_fn(output, target)``.
         loss: its gradient and Hessian factor; both are checked against autograd wherever the factor is used.
+
+    Example:
+        >>> import torch, bncurv
+        >>> from bncurv.losses import Loss
+        >>> class HalfSquares(torch.nn.Module):
+        ...     def forward(self, output, target):
+        ...         return (output - target).square().sum() / 2
+        >>> class Identity(Loss):  # its Hessian
+        ...     def check(self, loss, output, target):
+        ...         pass
+        ...     def gradient(self, loss, output, target):
+        ...         return output - target
+        ...     def blocks(self, loss, output, target):  # [n, position, entry, column]
+        ...         return torch.ones_like(output).reshape(len(output), -1, 1, 1)
+        >>> bncurv.register_loss(HalfSquares, Identity())
+        >>> batch = torch.randn(8, 4), torch.randn(8, 2)
+        >>> res = bncurv.curvature(torch.nn.Linear(4, 2), HalfSquares(), batch, bncurv.DiagGGNExact())
+        >>> torch.allclose(res.diag_ggn_exact["weight"][0], batch[0].square().sum(0))
+        True
     """
     LOSSES[module_class] = loss
 

@@ -71,6 +71,17 @@ class LowRankGGN(Quantity):
         matrix_free: with ``top``: work through the network's graph instead of V (`MatrixFreeGGN`), without trace,
             log-determinant and samples. Default: so where V is larger than 32 MiB, because it is then faster and
             smaller; but not with groups, nor in BackPACK's gesture, where the graph is gone after ``backward()``.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.LowRankGGN())
+        >>> res.ggn.eigenvalues.shape == (res.ggn.rank,)  # largest first
+        True
+        >>> layers = bncurv.curvature(model, loss_fn, batch, bncurv.LowRankGGN(groups="layer")).ggn
+        >>> sorted(layers)
+        ['0', '1', '2']
     """
 
     field = "ggn"
@@ -97,7 +108,16 @@ class LowRankGGN(Quantity):
 
     @property
     def result(self) -> Any:
-        """The `LowRank` (or dict of them) of the last backward pass inside ``with backpack(...)``."""
+        """The `LowRank` (or dict of them) of the last backward pass inside ``with backpack(...)``.
+
+        Example:
+            >>> from backpack import backpack
+            >>> model, loss_fn = bncurv.extend(model), bncurv.extend(loss_fn)
+            >>> with backpack(quantity := bncurv.LowRankGGN()):
+            ...     loss_fn(model(batch[0]), batch[1]).backward()
+            >>> quantity.result.dim
+            29
+        """
         if self._result is None:
             raise RuntimeError(
                 "LowRankGGN has no result yet: run loss.backward() of an extended model and loss inside "

@@ -31,6 +31,14 @@ class Point:
         call: what is differentiated by what.
         data: the batch, or mini-batches; all are recorded now.
         ranks: those over which the batch is spread.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> point = bncurv.at(model, loss_fn, batch, method="coupled")
+        >>> point(bncurv.ComponentGrad()).passes, point(bncurv.DiagGGNExact()).passes  # the coupling is known already
+        (1, 1)
     """
 
     def __init__(self, call: Call, data: Any, ranks: Ranks) -> None:
@@ -86,7 +94,13 @@ class Point:
             return results
 
     def close(self) -> None:
-        """Free the graph and all that was kept."""
+        """Free the graph and all that was kept.
+
+        Example:
+            >>> point.close()
+            >>> point
+            Point(closed)
+        """
         self._open = False
         self._recorded.clear()
         self._reads.clear()

@@ -178,6 +178,14 @@ class ComponentGrad(Quantity):
     They sum to the gradient of the loss as reduced (a mean's 1/N is inside), whatever function of the outputs the loss
     is. With BatchNorm in training mode g_n is not the gradient of a loss of sample n alone, since F_n depends on the
     whole batch. Definition: Dangel (2021), "Structural implications of batch normalization".
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.ComponentGrad())
+        >>> res.grad_component["0.weight"].shape
+        torch.Size([8, 3, 4])
     """
 
     field = "grad_component"
@@ -204,7 +212,17 @@ class ComponentGrad(Quantity):
 
 
 class ComponentL2Grad(Quantity):
-    """Squared norms ``l2_component [N]`` of the per-component gradients, one per sample and parameter: ‖g_n‖²."""
+    """Squared norms ``l2_component [N]`` of the per-component gradients, one per sample and parameter: ‖g_n‖².
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.ComponentL2Grad(), bncurv.ComponentGrad())
+        >>> norms = res.grad_component["0.weight"].flatten(1).norm(dim=1)
+        >>> torch.allclose(res.l2_component["0.weight"], norms**2)
+        True
+    """
 
     field = "l2_component"
     wants = ("gradient",)
@@ -225,7 +243,17 @@ class ComponentL2Grad(Quantity):
 
 
 class SumComponentGradSquared(Quantity):
-    """Second moment ``sum_grad_squared [*p]``: Σ_n g_n², elementwise (BackPACK's SumGradSquared, with coupling)."""
+    """Second moment ``sum_grad_squared [*p]``: Σ_n g_n², elementwise (BackPACK's SumGradSquared, with coupling).
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.SumComponentGradSquared(), bncurv.ComponentGrad())
+        >>> squares = res.grad_component["0.weight"].square().sum(0)
+        >>> torch.allclose(res.sum_grad_squared["0.weight"], squares)
+        True
+    """
 
     field = "sum_grad_squared"
     wants = ("gradient",)
@@ -261,6 +289,15 @@ class ComponentVariance(Quantity):
     BackPACK's scaling: g_n carries the loss' 1/N of a mean reduction, and the mean over n divides by N once more.
     Computed from centred blocks, so it is never negative and does not cancel. It is not the variance of mini-batch
     gradients: with BatchNorm the g_n depend on each other.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.ComponentVariance(), bncurv.ComponentGrad())
+        >>> variance = res.grad_component["0.weight"].var(0, correction=0)
+        >>> torch.allclose(res.variance["0.weight"], variance)
+        True
     """
 
     field = "variance"
@@ -309,6 +346,15 @@ class DiagGGNExact(Quantity):
 
     J differentiates through the batch statistics. The scale is that of the loss (a mean's 1/N is inside), as in
     BackPACK's extension of the same name (Dangel, Kunstner & Hennig 2020, ICLR).
+
+    Example:
+        >>> import torch, bncurv, bncurv.reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.DiagGGNExact())
+        >>> exact = bncurv.reference.ggn_diagonal(model, loss_fn, *batch)["0.weight"]
+        >>> torch.allclose(res.diag_ggn_exact["0.weight"].double(), exact, rtol=1e-3, atol=1e-7)
+        True
     """
 
     field = "diag_ggn_exact"
@@ -323,6 +369,14 @@ class ComponentDiagGGNExact(Quantity):
     """Diagonals ``diag_ggn_exact_component [N, *p]`` of the components' GGNs: Σ_c V[(n, c)]²; they sum to the diagonal.
 
     G_n = J_nᵀ (∇²_{F_n} L) J_n with J_n = ∂F_n(whole batch)/∂θ: it depends on all samples.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.ComponentDiagGGNExact())
+        >>> res.diag_ggn_exact_component["0.weight"].shape
+        torch.Size([8, 3, 4])
     """
 
     field = "diag_ggn_exact_component"
@@ -338,6 +392,17 @@ class SqrtGGNExact(Quantity):
 
     C columns per sample: as many as the model has outputs per sample. The exact factor of cross-entropy needs one
     column less per position; those are zero. Unique up to a rotation of a sample's columns.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.SqrtGGNExact(), bncurv.DiagGGNExact())
+        >>> V = res.sqrt_ggn_exact["0.weight"]
+        >>> V.shape
+        torch.Size([2, 8, 3, 4])
+        >>> torch.allclose(V.square().sum((0, 1)), res.diag_ggn_exact["0.weight"])
+        True
     """
 
     field = "sqrt_ggn_exact"

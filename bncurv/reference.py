@@ -53,6 +53,14 @@ def jacobian(
 
     Returns:
         For every name ``dF/dp`` of shape ``[N*C, *p]``; row ``i`` belongs to ``F.flatten()[i]``.
+
+    Example:
+        >>> import torch
+        >>> from bncurv import reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> reference.jacobian(model, X)["0.weight"].shape
+        torch.Size([16, 3, 4])
     """
     return _jacobian(*_forward(model, X, params, seed))
 
@@ -69,6 +77,14 @@ def loss_hessian(loss_fn: Loss, F: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         ``d^2 L / dF^2`` of shape ``[M, M]``, rows and columns in the order of ``F.flatten()``.
+
+    Example:
+        >>> import torch
+        >>> from bncurv import reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> reference.loss_hessian(torch.nn.CrossEntropyLoss(), model(X), y).shape
+        torch.Size([16, 16])
     """
     loss = _bind(loss_fn, y)
     hessian = torch.autograd.functional.hessian(loss, _double(F))
@@ -96,6 +112,14 @@ def gradient(
 
     Returns:
         For every name the gradient, shape ``[*p]``.
+
+    Example:
+        >>> import torch
+        >>> from bncurv import reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> reference.gradient(model, torch.nn.CrossEntropyLoss(), X, y)["0.weight"].shape
+        torch.Size([3, 4])
     """
     F, chosen = _forward(model, X, params, seed)
     return dict(zip(chosen, _vjp(_bind(loss_fn, y)(F), chosen), strict=True))
@@ -120,6 +144,14 @@ def component_gradients(
 
     Returns:
         For every name the components, shape ``[N, *p]``.
+
+    Example:
+        >>> import torch
+        >>> from bncurv import reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> reference.component_gradients(model, torch.nn.CrossEntropyLoss(), X, y)["0.weight"].shape
+        torch.Size([8, 3, 4])
     """
     F, chosen = _forward(model, X, params, seed)
     leaf = F.detach().requires_grad_()
@@ -145,6 +177,14 @@ def ggn(
 
     Returns:
         The dense matrix, shape ``[D, D]``; parameters in the model's order, each flattened.
+
+    Example:
+        >>> import torch
+        >>> from bncurv import reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> reference.ggn(model, torch.nn.CrossEntropyLoss(), X, y).shape
+        torch.Size([29, 29])
     """
     J, H, _ = _factors(model, loss_fn, X, y, params, seed)
     flat = torch.cat([rearrange(rows, "i ... -> i (...)") for rows in J.values()], dim=1)
@@ -169,6 +209,14 @@ def component_ggn_diagonal(
 
     Returns:
         For every name the shares, shape ``[N, *p]``.
+
+    Example:
+        >>> import torch
+        >>> from bncurv import reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> reference.component_ggn_diagonal(model, torch.nn.CrossEntropyLoss(), X, y)["0.weight"].shape
+        torch.Size([8, 3, 4])
     """
     J, H, N = _factors(model, loss_fn, X, y, params, seed)
     return {
@@ -191,6 +239,16 @@ def ggn_diagonal(
 
     Returns:
         For every name the diagonal entries, shape ``[*p]``.
+
+    Example:
+        >>> import torch
+        >>> from bncurv import reference
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> X, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> loss_fn = torch.nn.CrossEntropyLoss()
+        >>> diagonal = reference.ggn_diagonal(model, loss_fn, X, y)["0.weight"]
+        >>> torch.allclose(reference.ggn(model, loss_fn, X, y).diagonal()[:12], diagonal.flatten())
+        True
     """
     J, H, _ = _factors(model, loss_fn, X, y, params, seed)
     return {name: (rows * torch.tensordot(H, rows, 1)).sum(0) for name, rows in J.items()}

@@ -33,6 +33,16 @@ class Results(Mapping[str, Any]):
             counted mini-batch by mini-batch and in each of them rank by rank.
         messages: over several ranks, what was sent: purpose → number, and bytes of this rank's.
         shapes: of the parameters, by name, in the model's order.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.DiagGGNExact(), bncurv.ComponentGrad())
+        >>> list(res)
+        ['diag_ggn_exact', 'grad_component']
+        >>> res["diag_ggn_exact"]["2.bias"].shape
+        torch.Size([2])
     """
 
     fields: Mapping[str, Any]
@@ -82,11 +92,20 @@ class Results(Mapping[str, Any]):
 
         Raises:
             RuntimeError: for a matrix-free GGN, which is where its graph is.
+
+        Example:
+            >>> res.to(torch.float64).diag_ggn_exact["2.bias"].dtype
+            torch.float64
         """
         return replace(self, fields=_mapped(self.fields, lambda t: t.to(*where, **options)))
 
     def cpu(self) -> Results:
-        """The same on the CPU."""
+        """The same on the CPU.
+
+        Example:
+            >>> res.cpu().diag_ggn_exact["2.bias"].device
+            device(type='cpu')
+        """
         return self.to("cpu")
 
     def flat(self, name: str) -> Tensor:
@@ -97,6 +116,10 @@ class Results(Mapping[str, Any]):
 
         Raises:
             KeyError, ValueError: for a field that is not there, or has no entry for each entry of a parameter.
+
+        Example:
+            >>> res.flat("grad_component").shape  # [N, D]
+            torch.Size([8, 29])
         """
         value = self[name]
         parts = []
@@ -114,6 +137,13 @@ class Results(Mapping[str, Any]):
         """Tensors, numbers and strings in dictionaries: ``torch.save`` it, load it with ``weights_only=True``.
 
         Of a GGN it holds eigenvalues, eigenvectors by parameter name, gradient and sizes, not V.
+
+        Example:
+            >>> import io
+            >>> torch.save(res.to_dict(), file := io.BytesIO())
+            >>> loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            >>> torch.equal(loaded["fields"]["diag_ggn_exact"]["2.bias"], res.diag_ggn_exact["2.bias"])
+            True
         """
         return {
             "fields": _plain(self.fields),
@@ -131,6 +161,10 @@ class Results(Mapping[str, Any]):
 
         Of a GGN ``ggn/largest`` and, where V is held, ``ggn/trace``; of a coupling report ``coupling/layer/own_trace``
         and ``.../full_trace``; further ``passes``.
+
+        Example:
+            >>> list(res.scalars())[:2]
+            ['passes', 'diag_ggn_exact/0.weight']
         """
         found = {"passes": float(self.passes)}
         for name, value in self.fields.items():

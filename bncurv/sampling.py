@@ -247,7 +247,16 @@ class _PerComponentSampled(_Sampled):
 
 
 class ComponentDiagGGNMC(_PerComponentSampled):
-    """Monte-Carlo version ``diag_ggn_mc_component [N, *p]`` of `ComponentDiagGGNExact`: mean_m V[(n, m)]²."""
+    """Monte-Carlo version ``diag_ggn_mc_component [N, *p]`` of `ComponentDiagGGNExact`: mean_m V[(n, m)]².
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.ComponentDiagGGNMC(mc_samples=5))
+        >>> res.diag_ggn_mc_component["0.weight"].shape
+        torch.Size([8, 3, 4])
+    """
 
     field = "diag_ggn_mc_component"
     per_component = True
@@ -261,6 +270,14 @@ class SqrtGGNMC(_PerComponentSampled, SqrtGGNExact):
     """Monte-Carlo factor ``sqrt_ggn_mc [M, N, *p]``: E[Σ_{m,n} V[m, n] V[m, n]ᵀ] = G.
 
     The rows of a draw summed over samples, ``sqrt_ggn_mc.sum(1)``, are the whole-batch draws of `DiagGGNMC`.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.SqrtGGNMC(mc_samples=5))
+        >>> res.sqrt_ggn_mc["0.weight"].shape
+        torch.Size([5, 8, 3, 4])
     """
 
     field = "sqrt_ggn_mc"

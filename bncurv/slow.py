@@ -13,7 +13,21 @@ from torch import nn
 
 
 class SlowPathWarning(UserWarning):
-    """The result is exact, but a slower way than usual was taken; the message says why and for what."""
+    """The result is exact, but a slower way than usual was taken; the message says why and for what.
+
+    Example:
+        >>> import warnings
+        >>> import torch, bncurv
+        >>> hidden = torch.nn.Linear(4, 30), torch.nn.BatchNorm1d(30), torch.nn.Linear(30, 2)
+        >>> mixing = torch.nn.Sequential(*hidden, torch.nn.Softmax(dim=0))  # over the samples
+        >>> batch = torch.randn(64, 4), torch.randn(64, 2)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     bncurv.curvature(mixing, torch.nn.MSELoss(), batch, bncurv.DiagGGNExact()).method
+        'dense'
+        >>> caught[0].category is bncurv.SlowPathWarning
+        True
+    """
 
 
 MOST = 6

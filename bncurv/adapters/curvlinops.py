@@ -16,7 +16,18 @@ except ModuleNotFoundError as error:
 
 
 class ExactGGNLinearOperator(PyTorchLinearOperator):
-    """G of `bncurv.curvature` with the interface of curvlinops; see `as_linear_operator`."""
+    """G of `bncurv.curvature` with the interface of curvlinops; see `as_linear_operator`.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> from bncurv.adapters.curvlinops import as_linear_operator
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.LowRankGGN())
+        >>> A = as_linear_operator(res.ggn)
+        >>> type(A).__name__, (2 * A @ torch.ones(29)).shape
+        ('ExactGGNLinearOperator', torch.Size([29]))
+    """
 
     SELF_ADJOINT = True
 

@@ -148,6 +148,18 @@ class BncurvEF(_InTrainMode, EFInterface):
 
     With g_n the part of the gradient that passes through output n; factors are laplace-torch's. Arguments as of
     `BncurvGGN`.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from laplace import Laplace
+        >>> from bncurv.adapters.laplace import BncurvEF
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> data = TensorDataset(torch.randn(8, 4), torch.randint(2, (8,)))
+        >>> la = Laplace(model, "classification", "all", "diag", backend=BncurvEF)
+        >>> la.fit(DataLoader(data, batch_size=8))
+        >>> la.posterior_variance.shape
+        torch.Size([29])
     """
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:

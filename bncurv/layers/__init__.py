@@ -40,5 +40,20 @@ def register_layer(function: Callable, layer: Layer) -> None:
         function: a torch function (``torch.nn.functional.*``, ``torch.*``) that dispatches to
             ``__torch_function__``, e.g. ``torch.nn.functional.bilinear``.
         layer: how to build the operands of its products.
+
+    Example:
+        >>> import torch, bncurv
+        >>> from bncurv.layers import LAYERS, Layer
+        >>> class Square(Layer):  # y_o = Σ_i W_oi x_i²
+        ...     arguments, inputs, parameters = ("input", "weight"), ("input",), ("weight",)
+        ...     def left(self, role, arguments, delta):  # [q, n, o] → [q, n, g, o, s]
+        ...         return delta[:, :, None, :, None]
+        ...     def right(self, role, arguments, x):  # [n, i] → [g, n, s, i]
+        ...         return x.square()[None, :, None]
+        >>> def squared(input, weight):
+        ...     return torch.nn.functional.linear(input.square(), weight)
+        >>> bncurv.register_layer(squared, Square())
+        >>> LAYERS[squared].parameters
+        ('weight',)
     """
     LAYERS[function] = layer

@@ -32,6 +32,15 @@ class GGN(ABC):
         dtype: of vectors and results.
         device: of vectors and results.
         top: number of eigenpairs computed; ``None``: all.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.LowRankGGN(), bncurv.ComponentGrad())
+        >>> ggn = res.ggn
+        >>> (ggn @ ggn.gradient).shape, (ggn @ res.grad_component)["0.weight"].shape
+        (torch.Size([29]), torch.Size([8, 3, 4]))
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], components: int, like: Tensor, top: int | None) -> None:
@@ -49,17 +58,31 @@ class GGN(ABC):
 
     @property
     def shape(self) -> torch.Size:
-        """(D, D)."""
+        """(D, D).
+
+        Example:
+            >>> ggn.shape
+            torch.Size([29, 29])
+        """
         return torch.Size((self.dim, self.dim))
 
     def scalars(self) -> dict[str, float]:
-        """The largest eigenvalue and, with V at hand, the trace, for a logger."""
+        """The largest eigenvalue and, with V at hand, the trace, for a logger.
+
+        Example:
+            >>> sorted(ggn.scalars())
+            ['largest', 'trace']
+        """
         return {"largest": float(self._values[0]) if len(self._values) else 0.0}
 
     def to_dict(self) -> dict[str, Any]:
         """Eigenvalues, eigenvectors by name, gradient and sizes as tensors and numbers; V is not in it.
 
         ``torch.save`` it, load it with ``weights_only=True``.
+
+        Example:
+            >>> sorted(ggn.to_dict())
+            ['components', 'dim', 'eigenvalues', 'eigenvectors', 'gradient', 'top']
         """
         return {
             "eigenvalues": self.eigenvalues,
@@ -72,10 +95,20 @@ class GGN(ABC):
 
     @abstractmethod
     def mapped(self, f: Callable[[Tensor], Tensor]) -> GGN:
-        """The same with a function of all its tensors, as of one that moves or casts them."""
+        """The same with a function of all its tensors, as of one that moves or casts them.
+
+        Example:
+            >>> ggn.mapped(torch.Tensor.double).dtype
+            torch.float64
+        """
 
     def to(self, *where: Any, **options: Any) -> GGN:
-        """The same moved or cast, arguments as of ``Tensor.to``."""
+        """The same moved or cast, arguments as of ``Tensor.to``.
+
+        Example:
+            >>> ggn.to(torch.float64).dtype
+            torch.float64
+        """
         return self.mapped(lambda t: t.to(*where, **options))
 
     # ---------------------------------------------------------------- what the two forms provide
@@ -107,18 +140,33 @@ class GGN(ABC):
     @property
     @abstractmethod
     def gradient(self) -> Tensor:
-        """Gradient of the loss, flat ``[D]``: the sum of the per-component gradients."""
+        """Gradient of the loss, flat ``[D]``: the sum of the per-component gradients.
+
+        Example:
+            >>> torch.allclose(ggn.unflatten(ggn.gradient)["2.bias"], res.grad_component["2.bias"].sum(0), atol=1e-6)
+            True
+        """
 
     @abstractmethod
     def slopes(self, k: int | None = None) -> Tensor:
         """γ[n, d] = g_n · e_d, ``[N, k]``: first derivatives of the components along the ``k`` leading eigenvectors.
 
         They sum over n to the slope of the loss along e_d (ViViT's γ, whose samples average instead).
+
+        Example:
+            >>> along = ggn.gradient @ ggn.unit_vectors(3)
+            >>> torch.allclose(ggn.slopes(3).sum(0), along, atol=1e-6)
+            True
         """
 
     @abstractmethod
     def curvatures(self, k: int | None = None) -> Tensor:
-        """λ[n, d] = e_d · G_n e_d = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; they sum over n to the eigenvalues."""
+        """λ[n, d] = e_d · G_n e_d = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; they sum over n to the eigenvalues.
+
+        Example:
+            >>> torch.allclose(ggn.curvatures(3).sum(0), ggn.eigenvalues[:3], rtol=1e-3)
+            True
+        """
 
     def _along_vectors(self, keep: Tensor, damping: Callable[[Tensor], Tensor]) -> Tensor:
         """`_newton_along` from the eigenvectors."""
@@ -134,31 +182,60 @@ class GGN(ABC):
 
         Raises:
             TypeError, ValueError: for names, shapes, a dtype or a device that do not fit; the message says which.
+
+        Example:
+            >>> ggn.flatten(res.grad_component).shape
+            torch.Size([29, 8])
         """
         return self._space.flatten(v)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
-        """Flat vectors, the entries *last*, by name: ``[*lead, D]`` → ``{name: [*lead, *p]}``."""
+        """Flat vectors, the entries *last*, by name: ``[*lead, D]`` → ``{name: [*lead, *p]}``.
+
+        Example:
+            >>> ggn.unflatten(torch.ones(5, 29))["0.weight"].shape
+            torch.Size([5, 3, 4])
+        """
         return self._space.unflatten(v)
 
     # ---------------------------------------------------------------- spectrum
     @property
     def cutoff(self) -> float:
-        """Eigenvalues below are rounding: √max(K, D) · ulp · largest eigenvalue (errors add up randomly)."""
+        """Eigenvalues below are rounding: √max(K, D) · ulp · largest eigenvalue (errors add up randomly).
+
+        Example:
+            >>> bool((ggn.eigenvalues > ggn.cutoff).all())
+            True
+        """
         return max(self.components, self.dim) ** 0.5 * ulp(self.dtype) * float(self._values[:1].clamp(min=0).sum())
 
     @property
     def rank(self) -> int:
-        """Numerical rank: the number of eigenvalues above `cutoff` (with ``top``: at most ``top``)."""
+        """Numerical rank: the number of eigenvalues above `cutoff` (with ``top``: at most ``top``).
+
+        Example:
+            >>> ggn.rank == len(ggn.eigenvalues) <= ggn.components
+            True
+        """
         return int((self._values > self.cutoff).sum())
 
     @property
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues above `cutoff`, descending, ``[rank]``."""
+        """All eigenvalues above `cutoff`, descending, ``[rank]``.
+
+        Example:
+            >>> bool((ggn.eigenvalues.diff() <= 0).all())
+            True
+        """
         return self._values[: self.rank]
 
     def unit_vectors(self, k: int | None = None) -> Tensor:
-        """The ``k`` leading eigenvectors as columns, flat, ``[D, k]``; see `eigenvectors`."""
+        """The ``k`` leading eigenvectors as columns, flat, ``[D, k]``; see `eigenvectors`.
+
+        Example:
+            >>> ggn.unit_vectors(3).shape
+            torch.Size([29, 3])
+        """
         # a small eigenvalue's vector has picked up parts of the larger ones': orthonormal from the largest down
         return orthonormal(self._vectors(self._number(k)))
 
@@ -178,11 +255,20 @@ class GGN(ABC):
 
         Raises:
             ValueError: for more than `rank`: those would be noise.
+
+        Example:
+            >>> ggn.eigenvectors(3)["0.weight"].shape
+            torch.Size([3, 3, 4])
         """
         return self.unflatten(self.unit_vectors(k).T)
 
     def residuals(self, k: int | None = None) -> Tensor:
-        """‖G e - λ e‖ of the ``k`` leading eigenpairs, ``[k]``."""
+        """‖G e - λ e‖ of the ``k`` leading eigenpairs, ``[k]``.
+
+        Example:
+            >>> bool((ggn.residuals(3) < 1e-4 * ggn.eigenvalues[0]).all())
+            True
+        """
         e = self.unit_vectors(k)
         return torch.linalg.vector_norm(self._product(e) - e * self._values[: e.shape[1]], dim=0)
 
@@ -199,6 +285,11 @@ class GGN(ABC):
         Returns:
             Nodes and weights, at most ``[probes * steps]``: the density is Σ_i weight_i δ(λ - node_i), the weights sum
             to one, and D Σ_i weight_i f(node_i) estimates tr f(G) without bias in the limit of many steps.
+
+        Example:
+            >>> nodes, weights = ggn.density(steps=5, probes=3)
+            >>> round(float(weights.sum()), 4)
+            1.0
         """
         starts = [torch.randn(self.dim, generator=generator, device="cpu") for _ in range(probes)]
         found = [quadrature(self._product, v.to(self.device, self.dtype), steps) for v in starts]
@@ -210,11 +301,20 @@ class GGN(ABC):
 
         Raises:
             TypeError, ValueError: see `flatten`.
+
+        Example:
+            >>> torch.allclose(ggn @ ggn.unit_vectors(1), ggn.eigenvalues[0] * ggn.unit_vectors(1), atol=1e-5)
+            True
         """
         return self._space.apply(self._product, v)
 
     def to_scipy(self) -> LinearOperator:
-        """The same as a ``scipy.sparse.linalg.LinearOperator`` on flat vectors."""
+        """The same as a ``scipy.sparse.linalg.LinearOperator`` on flat vectors.
+
+        Example:
+            >>> ggn.to_scipy().shape
+            (29, 29)
+        """
         return as_scipy(self._product, self.dim, self._space.like)
 
     def solve(self, v: Vector, damping: float) -> Any:
@@ -263,6 +363,10 @@ class GGN(ABC):
         Raises:
             ValueError: for a damping that is not positive or not one per direction; for more directions than `rank`.
             RuntimeError: see `solve`.
+
+        Example:
+            >>> ggn.newton_step(damping=0.1)["0.weight"].shape
+            torch.Size([3, 4])
         """
         if directions is None and constant(damping):
             return self.unflatten(-self._newton(positive(damping)))

@@ -105,6 +105,15 @@ class MatrixFreeGGN(GGN):
         operators: one per mini-batch; G = Σ share · operator.
         top: number of eigenpairs, by scipy's implicitly restarted Lanczos (`LANCZOS_TOLERANCE`).
         shares: weights of the mini-batches.
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.LowRankGGN(top=3, matrix_free=True))
+        >>> ggn = res.ggn
+        >>> ggn.eigenvalues.shape, ggn.solve(ggn.gradient, damping=0.1).shape
+        (torch.Size([3]), torch.Size([29]))
     """
 
     def __init__(self, operators: Sequence[BatchOperator], top: int, shares: Sequence[float] = (1.0,)) -> None:
@@ -172,7 +181,13 @@ class MatrixFreeGGN(GGN):
             return self._through(v)
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> NoReturn:
-        """Refused: it is where its graph is."""
+        """Refused: it is where its graph is.
+
+        Example:
+            >>> ggn.mapped(torch.Tensor.double)
+            Traceback (most recent call last):
+            RuntimeError: a matrix-free GGN works through the network's graph...
+        """
         raise RuntimeError(
             "a matrix-free GGN works through the network's graph, and can be neither moved nor cast. Use to_dict() for "
             "its eigenpairs, or LowRankGGN(matrix_free=False)."
@@ -189,17 +204,32 @@ class MatrixFreeGGN(GGN):
     # ---------------------------------------------------------------- directional derivatives
     @property
     def gradient(self) -> Tensor:
-        """Gradient of the loss, flat ``[D]``."""
+        """Gradient of the loss, flat ``[D]``.
+
+        Example:
+            >>> ggn.gradient.shape
+            torch.Size([29])
+        """
         return self._gradient.clone()
 
     def slopes(self, k: int | None = None) -> Tensor:
-        """γ[n, d] = g_n · e_d = ∂L/∂F_n · (J e_d)_n, ``[N, k]``."""
+        """γ[n, d] = g_n · e_d = ∂L/∂F_n · (J e_d)_n, ``[N, k]``.
+
+        Example:
+            >>> ggn.slopes(2).shape  # [N, k]
+            torch.Size([8, 2])
+        """
         if self._known:
             return self._known[0][:, self._leading(k)]
         return self._along(k, lambda op, Je: (op.gradient * Je).flatten(1).sum(1))
 
     def curvatures(self, k: int | None = None) -> Tensor:
-        """λ[n, d] = (J e_d)_n · H_n (J e_d)_n, ``[N, k]``."""
+        """λ[n, d] = (J e_d)_n · H_n (J e_d)_n, ``[N, k]``.
+
+        Example:
+            >>> ggn.curvatures(2).shape  # [N, k]
+            torch.Size([8, 2])
+        """
         if self._known:
             return self._known[1][:, self._leading(k)]
         return self._along(k, lambda op, Je: op.factor.coefficients(Je).square().sum(1))

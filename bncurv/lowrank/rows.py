@@ -35,6 +35,15 @@ class LowRank(GGN):
         top: compute only so many eigenpairs (Lanczos on the rows); ``None``: all.
         samples: the sample n of each row, ``[K]`` (`OF_NONE`: of no sample); ``None``: K / N of each, in order
             (needs gradients by name).
+
+    Example:
+        >>> import torch, bncurv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        >>> batch, loss_fn = (torch.randn(8, 4), torch.randint(2, (8,))), torch.nn.CrossEntropyLoss()
+        >>> res = bncurv.curvature(model, loss_fn, batch, bncurv.LowRankGGN(), bncurv.ComponentGrad())
+        >>> ggn = res.ggn
+        >>> ggn
+        LowRank(D=29, K=8, parameters=6, top=None)
     """
 
     def __init__(
@@ -60,7 +69,12 @@ class LowRank(GGN):
         return self._V.down(self._V.up(v))
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> LowRank:
-        """The same with a function of V and the gradients; eigenpairs are computed anew."""
+        """The same with a function of V and the gradients; eigenpairs are computed anew.
+
+        Example:
+            >>> ggn.mapped(torch.Tensor.double).eigenvalues.dtype
+            torch.float64
+        """
         rows = {name: f(r) for name, r in self._V.by_name(self.shapes).items()}
         gradients = {name: f(g) for name, g in self._gradients.items()}
         device = next(iter(rows.values())).device
@@ -68,11 +82,22 @@ class LowRank(GGN):
         return LowRank(rows, weights, self.top, self._samples.to(device))
 
     def diagonal(self) -> dict[str, Tensor]:
-        """Diagonal of G, ``{name: [*p]}``: Σ_k V[k]², as `DiagGGNExact` gives it."""
+        """Diagonal of G, ``{name: [*p]}``: Σ_k V[k]², as `DiagGGNExact` gives it.
+
+        Example:
+            >>> total = sum(d.sum() for d in ggn.diagonal().values())
+            >>> torch.allclose(total, ggn.trace)
+            True
+        """
         return {name: r.square().sum(0) for name, r in self._V.by_name(self.shapes).items()}
 
     def scalars(self) -> dict[str, float]:
-        """Largest eigenvalue and trace, for a logger."""
+        """Largest eigenvalue and trace, for a logger.
+
+        Example:
+            >>> sorted(ggn.scalars())
+            ['largest', 'trace']
+        """
         return super().scalars() | {"trace": float(self.trace)}
 
     # ---------------------------------------------------------------- spectrum
@@ -109,12 +134,22 @@ class LowRank(GGN):
 
     @property
     def trace(self) -> Tensor:
-        """Sum of all eigenvalues, from the rows themselves."""
+        """Sum of all eigenvalues, from the rows themselves.
+
+        Example:
+            >>> torch.allclose(ggn.trace, ggn.eigenvalues.sum(), rtol=1e-4)
+            True
+        """
         return self._V.trace()
 
     @property
     def frobenius_norm(self) -> Tensor:
-        """Square root of the sum of squared eigenvalues."""
+        """Square root of the sum of squared eigenvalues.
+
+        Example:
+            >>> torch.allclose(ggn.frobenius_norm, ggn.eigenvalues.norm(), rtol=1e-4)
+            True
+        """
         return torch.linalg.matrix_norm(self._small.double()).to(self.dtype)
 
     # ---------------------------------------------------------------- matrix functions
@@ -136,6 +171,11 @@ class LowRank(GGN):
 
         Args:
             damping: δ > 0.
+
+        Example:
+            >>> dense = ggn @ torch.eye(29) + 0.1 * torch.eye(29)
+            >>> torch.allclose(ggn.logdet(damping=0.1), torch.logdet(dense), rtol=1e-4)
+            True
         """
         return self._damped.logdet(positive(damping), self.dim).to(self.dtype)
 
@@ -146,6 +186,10 @@ class LowRank(GGN):
             damping: δ > 0, a prior's precision.
             count: number of draws.
             generator: source of randomness on the result's device; ``None``: PyTorch's own.
+
+        Example:
+            >>> ggn.sample(damping=0.1, count=5)["0.weight"].shape
+            torch.Size([5, 3, 4])
         """
         delta = positive(damping)
         z = torch.randn(self.dim, count, generator=generator, dtype=self.dtype, device=self.device)
@@ -154,7 +198,12 @@ class LowRank(GGN):
     # ---------------------------------------------------------------- directional derivatives
     @property
     def gradient(self) -> Tensor:
-        """Gradient of the loss, flat ``[D]``: the sum of the per-component gradients."""
+        """Gradient of the loss, flat ``[D]``: the sum of the per-component gradients.
+
+        Example:
+            >>> ggn.gradient.shape
+            torch.Size([29])
+        """
         if self._weights is not None:
             return self._V.down(self._weights)
         return torch.cat([g.sum(0).reshape(-1) for g in self._gradients.values()])
@@ -170,7 +219,12 @@ class LowRank(GGN):
         return t.new_zeros(count, *t.shape[1:]).index_add_(0, self._samples, t)
 
     def slopes(self, k: int | None = None) -> Tensor:
-        """γ[n, d] = g_n · e_d, ``[N, k]``; see `GGN.slopes`."""
+        """γ[n, d] = g_n · e_d, ``[N, k]``; see `GGN.slopes`.
+
+        Example:
+            >>> ggn.slopes(3).shape  # [N, k]
+            torch.Size([8, 3])
+        """
         e = self.unit_vectors(k)
         if self._weights is not None:
             return self._per_sample(self._weights[:, None] * self._V.up(e))
@@ -179,7 +233,12 @@ class LowRank(GGN):
             return torch.stack([g.reshape(len(g), -1) @ part for g, part in parts]).sum(0)
 
     def curvatures(self, k: int | None = None) -> Tensor:
-        """λ[n, d] = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; see `GGN.curvatures`."""
+        """λ[n, d] = Σ_c (V[(n, c)] · e_d)², ``[N, k]``; see `GGN.curvatures`.
+
+        Example:
+            >>> ggn.curvatures(3).shape  # [N, k]
+            torch.Size([8, 3])
+        """
         return self._per_sample(self._V.up(self.unit_vectors(k)).square())
 
     def _newton(self, damping: float) -> Tensor:

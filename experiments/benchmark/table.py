@@ -83,6 +83,11 @@ def seconds(row: Row) -> str:
     return sign + value + doubt
 
 
+def count(passes: int) -> str:
+    """Passes; of very many their order."""
+    return f"{passes}" if passes < 10**6 else f"{passes:.1e}"
+
+
 def way(row: Row) -> str:
     """Name and chunk."""
     return row.get("competitor", "–") + (f", {row['chunk']}" if (row.get("chunk") or 1) > 1 else "")
@@ -130,7 +135,7 @@ def accuracy(cells: list[list[Row]]) -> str:
         exact = found[0, "bncurv"]
         for goal in sorted({r["rtol"] for r in rows if r["rtol"]}, reverse=True):
             mine = [found.get((goal, name), {}) for name in names]
-            said = [f"{r['passes']:.6g}, {seconds(r)}" if r else "–" for r in [*mine, exact]]
+            said = [f"{count(r['passes'])}, {seconds(r)}" if r else "–" for r in [*mine, exact]]
             lines.append([rows[0]["net"], f"{100 * goal:g} %", *said])
     return table(["network", "error", *names, "exact"], lines)
 
