@@ -5,6 +5,10 @@ The idea of the package is told at the head of ``gate.py`` and ``engine.py``. Im
 ``with backpack(...)`` call two functions of bncurv where a block begins and ends (``context.py``).
 """
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from bncurv.api import at, curvature
 from bncurv.context import watch_blocks
 from bncurv.extension import extend, unextend
@@ -62,3 +66,18 @@ __all__ = [
     "register_loss",
     "unextend",
 ]
+
+_MODULES = ["adapters", "layers", "losses", "plots", "quantities", "reference"]  # public too, imported when asked for
+
+
+def __dir__() -> list[str]:
+    """What is public: the inner modules are no completions."""
+    return [*__all__, *_MODULES, "__version__"]
+
+
+if not TYPE_CHECKING:  # to which it would say that every name is there
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _MODULES:
+            return import_module(f"bncurv.{name}")
+        raise AttributeError(f"module 'bncurv' has no attribute '{name}'")

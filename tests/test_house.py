@@ -2,9 +2,12 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+import bncurv
 
 PACKAGE = Path(__file__).parent.parent / "bncurv"
 FILES = {
@@ -87,3 +90,14 @@ def test_map_for_contributors():
     floors = [{i for i, rooms in enumerate(FLOORS) if rooms & set(row)} for row in rows]
     assert all(len(floor) == 1 for floor in floors) and not {n for row in rows for n in row} - set().union(*FLOORS)
     assert (order := [floor.pop() for floor in floors]) == sorted(order) and len(order) > 20
+
+
+def test_completion_shows_what_is_public(monkeypatch):
+    """Names of ``__all__`` and public modules, imported when asked for; inner modules are neither."""
+    modules = {"adapters", "layers", "losses", "plots", "quantities", "reference"}
+    assert set(dir(bncurv)) == {*bncurv.__all__, *modules, "__version__"}
+    for name in modules:
+        monkeypatch.delattr(bncurv, name, raising=False)
+        assert getattr(bncurv, name) is sys.modules[f"bncurv.{name}"]
+    with pytest.raises(AttributeError, match="module 'bncurv' has no attribute 'oracle'"):
+        bncurv.oracle  # noqa: B018

@@ -73,6 +73,36 @@ def test_saved_and_loaded(res, tmp_path):
     assert_close(pickle.loads(pickle.dumps(copy.deepcopy(res))).diag_ggn_exact, res.diag_ggn_exact)
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_ggn_saved_without_v(res, model, free, tmp_path):
+    X, y = labelled(N, 4, C=C)()
+    quantity = LowRankGGN(top=2, matrix_free=True)
+    G = curvature(model, CE, (X.double(), y), quantity).ggn if free else res.ggn
+    read = []
+    for vectors in (0, 2, None):
+        G.save(tmp_path / f"{vectors}.pt", vectors=vectors)
+        read.append(torch.load(tmp_path / f"{vectors}.pt", weights_only=True))
+    none, two, everything = read
+    G.save(tmp_path / "ggn.pt")
+    assert torch.load(tmp_path / "ggn.pt", weights_only=True)["eigenvectors"] == none["eigenvectors"] == {}
+    assert torch.equal(none["eigenvalues"], G.eigenvalues)
+    assert none["shapes"] == {name: list(shape) for name, shape in G.shapes.items()}
+    assert_close(none["gradient"], G.unflatten(G.gradient))
+    assert_close(two["eigenvectors"], G.eigenvectors(2))
+    assert_close(everything["eigenvectors"], G.eigenvectors())
+    assert not {"rows", "V"} & set(everything)
+    with pytest.raises(ValueError, match=f"Ask for at most {G.rank}"):
+        G.save(tmp_path / "ggn.pt", vectors=G.rank + 1)
+
+
+def test_file_of_a_spectrum_is_small(tmp_path):
+    """Without V [K, D]: a few times the parameters."""
+    model, X, y = torch.nn.Linear(300, 20), torch.randn(40, 300), torch.randint(20, (40,))
+    G = curvature(model, torch.nn.CrossEntropyLoss(), (X, y), LowRankGGN()).ggn
+    G.save(tmp_path / "ggn.pt")
+    assert (tmp_path / "ggn.pt").stat().st_size < 4 * 1.5 * G.dim < 4 * G.components * G.dim / 100
+
+
 def test_scalars_for_a_logger(res):
     found = res.scalars()
     assert all(isinstance(value, float) for value in found.values())

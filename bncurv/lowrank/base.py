@@ -75,23 +75,50 @@ class GGN(ABC):
         """
         return {"largest": float(self._values[0]) if len(self._values) else 0.0}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Eigenvalues, eigenvectors by name, gradient and sizes as tensors and numbers; V is not in it.
+    def to_dict(self, vectors: int | None = None) -> dict[str, Any]:
+        """Eigenvalues, eigenvectors by name, gradient, names with shapes, sizes: tensors and numbers; V is not in it.
 
-        ``torch.save`` it, load it with ``weights_only=True``.
+        Args:
+            vectors: only so many leading eigenvectors, which are as large as the parameters each; ``None``: all.
+
+        Raises:
+            ValueError: for more than `rank`.
 
         Example:
             >>> sorted(ggn.to_dict())
-            ['components', 'dim', 'eigenvalues', 'eigenvectors', 'gradient', 'top']
+            ['components', 'cutoff', 'dim', 'eigenvalues', 'eigenvectors', 'gradient', 'shapes', 'top']
         """
         return {
-            "eigenvalues": self.eigenvalues,
-            "eigenvectors": self.eigenvectors(),
+            "eigenvalues": self.eigenvalues.clone(),
+            "eigenvectors": {} if vectors == 0 else self.eigenvectors(vectors),
             "gradient": self.unflatten(self.gradient),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "dim": self.dim,
             "components": self.components,
             "top": self.top,
+            "cutoff": self.cutoff,
         }
+
+    def save(self, file: Any, vectors: int | None = 0) -> None:
+        """Write the spectrum and the gradient, and eigenvectors where asked for; never V ``[K, D]``.
+
+        What is written is `to_dict`; ``torch.load(file, weights_only=True)`` reads it.
+
+        Args:
+            file: a path, or a file open for writing, as of ``torch.save``.
+            vectors: number of leading eigenvectors to write; ``None``: all, which takes as much as V.
+
+        Raises:
+            ValueError: for more than `rank`.
+
+        Example:
+            >>> import io
+            >>> ggn.save(file := io.BytesIO(), vectors=3)
+            >>> loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            >>> loaded["eigenvalues"].shape == ggn.eigenvalues.shape, loaded["eigenvectors"]["0.weight"].shape
+            (True, torch.Size([3, 3, 4]))
+        """
+        torch.save(self.to_dict(vectors), file)
 
     @abstractmethod
     def mapped(self, f: Callable[[Tensor], Tensor]) -> GGN:
