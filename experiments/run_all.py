@@ -45,8 +45,10 @@ the acceptance is not met, here is the evidence. *not testable here*: no experim
 
 {counts}
 
-Other commands in this folder: `digits_resnet.py` (the demo, `make demo`), `readme_figure.py`, `exactness.py`,
-`growth.py`, `tolerance.py` and `memory.py` (tables of README and docs, a figure), `benchmark/` (`make bench`).
+Other commands in this folder: `digits_resnet.py` (the demo, `make demo`); `pruning.py`, `ewc.py`, `influence.py`,
+`gauss_newton.py`, `ntk.py` (what it is good for: the gallery in docs/); `readme_figure.py`, `quantity_figures.py`,
+`exactness.py`, `growth.py`, `tolerance.py`, `estimator.py`, `memory.py` (tables and figures of README and docs);
+`benchmark/` (`make bench`), `zoo/` (`make zoo`).
 """
 
 

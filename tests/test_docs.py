@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_page(page, tmp_path):
-    goes_on = "[start page](../README.md): `model`" in page.read_text()
+    goes_on = "/README.md): `model`" in page.read_text()
     with executed(page, tmp_path, first=goes_on) as after:
         blocks, checked = LEAST.get(page.stem, (0, 0))
         assert len(blocks_of(page)) >= blocks and after["checked"] - 2 * goes_on >= checked

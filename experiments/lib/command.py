@@ -110,14 +110,19 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
-def parse(name: str, description: str, arguments: list[str] | None) -> Run:
-    """The options every experiment has."""
+def options(name: str, description: str) -> argparse.ArgumentParser:
+    """Those that every experiment has."""
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, under 20 s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="e.g. cpu, cuda")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for NAME.json and plots")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for results and plots")
+    return parser
+
+
+def parse(name: str, description: str, arguments: list[str] | None) -> Run:
+    """A run as the command line wants it."""
+    args = options(name, description).parse_args(arguments)
     return Run(name, args.quick, args.seed, args.device, args.out)
 
 
