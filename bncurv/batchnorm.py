@@ -143,6 +143,26 @@ class Moments(torch.autograd.Function):  # noqa: D101
         return slope * x + offset, None, None, None, None
 
 
+def _at_once(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, closed: bool) -> tuple[Tensor, ...]:
+    """Backward pass of a batch normalisation for a batch of cotangents in ``torch.vmap``: dx, Σ g x̂, Σ g.
+
+    The kernels' own rule for batches copies x for each cotangent, and takes 2 to 3 times as long on CPUs.
+    """
+    inside: Any = torch._C._functorch
+    level, g = inside.maybe_get_level(g), inside.get_unwrapped(g).movedim(inside.maybe_get_bdim(g), 0)
+    normalised = (x - per_channel(x, mean)) * per_channel(x, invstd)
+    axes, count = (1, *range(3, g.dim())), x.numel() // x.shape[1]
+    dx = torch.mul(g, normalised, out=g.new_empty(g.shape))  # contiguous, whatever g is
+    first, second = g.sum(axes), dx.sum(axes)
+    if closed:  # dx = scale g
+        torch.mul(g, per_channel(x, scale), out=dx)
+    else:  # dx = scale (g - Σ g / count - x̂ Σ g x̂ / count)
+        offset, slope = (t.view(len(t), 1, -1, *(1,) * (x.dim() - 2)) / count for t in (first, second))
+        torch.mul(normalised, slope, out=dx)
+        torch.sub(g, dx.add_(offset), out=dx).mul_(per_channel(x, scale))
+    return tuple(inside._add_batch_dim(t, 0, level) for t in (dx, second, first))
+
+
 class _BatchNorm(torch.autograd.Function):
     """Train-mode batch normalisation, PyTorch's own kernels, with a gate before the statistics."""
 
@@ -167,25 +187,25 @@ class _BatchNorm(torch.autograd.Function):
         scale = invstd if weight is None else invstd * weight
         if ctx.gates.closed and not ctx.gates.sums:
             return per_channel(x, scale) * g, *(None,) * 7
-        if ctx.gates.closed:  # with constant statistics it is the backward of the eval mode; Σ g x̂ and Σ g besides
+        closed, needs = ctx.gates.closed, ctx.needs_input_grad[:4]
+        mask = [needs[0], True, True]
+        if torch._C._functorch.is_batchedtensor(g) and not torch.is_grad_enabled():  # else it is differentiable in g
+            dx, second, first = _at_once(g, x, scale, mean, invstd, closed)
+        elif closed:  # with constant statistics it is the backward of the eval mode
             dx, second, first = torch.ops.aten.native_batch_norm_backward(
-                g, x, weight, mean, invstd**-2 - ctx.eps, mean, invstd, False, ctx.eps, [True] * 3
+                g, x, weight, mean, invstd**-2 - ctx.eps, mean, invstd, False, ctx.eps, mask
             )
-            handle = torch.stack([first, second]) * factors(scale, invstd) if ctx.needs_input_grad[3] else None
-            affine = (
-                t if needed else None for t, needed in zip((second, first), ctx.needs_input_grad[1:3], strict=True)
-            )
-            return dx, *affine, handle, *(None,) * 4
-        mask = list(ctx.needs_input_grad[:3])
-        if ctx.kind == 0:  # PyTorch's own kernel, which has a rule for batches of cotangents
-            dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+        elif ctx.kind == 0:  # PyTorch's own kernel, which has a rule for batches of cotangents
+            dx, second, first = torch.ops.aten.native_batch_norm_backward(
                 g, x, weight, None, None, mean, invstd, True, ctx.eps, mask
             )
         else:
-            dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
+            dx, second, first = torch.ops.aten._batch_norm_impl_index_backward(
                 ctx.kind, x, g, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve
             )
-        return *(t if needed else None for t, needed in zip((dx, dw, db), mask, strict=True)), *(None,) * 5
+        handle = torch.stack([first, second]) * factors(scale, invstd) if closed and needs[3] else None
+        found = (t if needed else None for t, needed in zip((dx, second, first), needs, strict=False))
+        return *found, handle, *(None,) * 4
 
 
 def batch_norm(arguments: dict[str, Any], name: str, gates: Gates) -> tuple[Tensor, Coupling | None, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.special import ndtri, stdtrit
+from scipy.special import chdtri, ndtri, stdtrit
 from torch import Tensor
 
 from bncurv.blocks import Batch, Rows, Squares, WholeBatch
@@ -30,7 +30,7 @@ from bncurv.factor import source_of
 from bncurv.sketch import Basis, basis
 
 FEWEST = 12  # draws from which on their spread tells an error
-SAFETY = 1.5  # by how much an error estimated from draws is taken larger
+EXPECTED = 1.2  # by how much an error may exceed its expectation, before draws tell
 
 
 class Tail(NamedTuple):
@@ -92,22 +92,30 @@ class Deflated(Procedure):
             yield Tail(name, estimate.tail[name] / estimate.draws, estimate.draws)
 
     def _reach(self, estimate: _Estimate, found: Basis, affordable: Callable[[int], bool]) -> bool:
-        """Until the goal is met; false where the exact way is no dearer than what is left to do."""
+        """Until the goal is met; false where the exact way is no dearer than what is left to do.
+
+        Directions half of the way at a time: the first draws go along, and tell how far it is.
+        """
         everybody, rtol = self._batch.ranks.everybody, self._goal.rtol or 0.0
-        scale = 2 * (SAFETY / rtol) ** 2  # draws for a tail of trace 1: Var[mean] = 2 t²/M
-        while True:
-            r, draws = found.cheapest(scale, FEWEST, estimate.exact)
-            if not estimate.grows:
-                r, draws = estimate.exact, scale * found.tail(estimate.exact) ** 2
+        scale, now, last = 2 * (EXPECTED / rtol) ** 2, 1.0, False  # draws for a tail of trace 1: Var[mean] = 2 t²/M
+        while now > rtol:
+            r, draws = estimate.exact, scale * found.tail(estimate.exact) ** 2
+            if not last:
+                r, draws = found.cheapest(scale, FEWEST, r)
             r, more = (int(max(everybody.numbers(k))) for k in (r, math.ceil(draws) - estimate.draws))
-            if not affordable(r - estimate.exact + more):
+            left = r - estimate.exact
+            if not affordable(left + more):
                 return False
-            estimate.deflate(r)
-            estimate.draw(max(FEWEST // 2, more) if estimate.draws else FEWEST, keep=not estimate.draws)
-            now, then = (max(everybody.numbers(e / rtol)) for e in estimate.errors(self._goal.confidence))
-            if now <= 1:
-                return True
-            scale = estimate.draws * (then / found.tail(estimate.exact)) ** 2
+            if last:
+                estimate.draw(max(FEWEST // 2, more))
+            else:
+                last = estimate.draws > 0 and left <= max(estimate.size, estimate.exact // 4)
+                estimate.deflate(r if last else r - left // 2)
+                if not estimate.draws:
+                    estimate.draw(FEWEST, keep=True)
+            now, then = (max(everybody.numbers(e)) for e in estimate.errors(self._goal.confidence))
+            scale = estimate.draws * (then / rtol / found.tail(estimate.exact)) ** 2
+        return True
 
     # ---------------------------------------------------------------- columns
     def _cotangents(self, w: Tensor) -> Tensor:
@@ -156,6 +164,7 @@ class _Estimate:
         normal: draws so many Gaussian ``[count, k]``.
 
     Attributes:
+        size: columns that are pulled at once.
         exact: r.
         draws: M.
         head: Σ_q (Vᵀ Q_q)² by parameter name.
@@ -170,20 +179,16 @@ class _Estimate:
         normal: Callable[[int], Tensor],
     ) -> None:
         self._engine, self._Q, self._cotangents, self._normal = engine, basis.vectors, cotangents, normal
-        self._size = engine.costs.dense_chunk() * engine.shard.helpers
+        self.size = engine.costs.dense_chunk() * engine.shard.helpers
         self.exact = self.draws = 0
         self.head, self.tail = ({n: engine.products.zeros(n) for n in engine.wanted} for _ in range(2))
         self._traces: dict[str, list[Tensor]] = {n: [] for n in engine.wanted}  # of the terms of the tail
+        self._freedom: dict[str, float] = {}  # ν of the squared error, by the first draws
         self._first: tuple[Tensor, dict[str, Tensor]] | None = None  # the first draws w, and their Vᵀ(I - Q Qᵀ) w
-
-    @property
-    def grows(self) -> bool:
-        """Whether draws made already stay usable with a larger basis."""
-        return self._first is not None or not self.draws
 
     def deflate(self, r: int) -> None:
         """Take directions exactly, up to the first ``r``."""
-        for q in chunks(r - self.exact, self._size):
+        for q in chunks(r - self.exact, self.size):
             Q = self._Q[:, self.exact : r][:, q]
             rows = self._engine.pull_whole(self._cotangents(Q.T))
             for name, values in rows.items():
@@ -196,34 +201,40 @@ class _Estimate:
             for name, values in self._first[1].items():
                 self.tail[name].zero_()
                 self._traces[name].clear()
-                self._take(name, values)
+                self._take(name, values, first=True)
         self.exact = r
 
     def draw(self, count: int, keep: bool = False) -> None:
-        """More random columns; kept, they stay usable with a larger basis until the next ones."""
+        """More random columns; kept, they are usable with more directions, until the next ones."""
         Q, held = self._Q[:, : self.exact], []
-        for m in chunks(count, self._size):
+        for m in chunks(count, self.size):
             w = self._normal(m.stop - m.start)
             (inside,) = self._engine.ranks.sum([w @ Q], "random columns")
             rows = self._engine.pull_whole(self._cotangents(w - inside @ Q.T))
-            for name, values in rows.items():
-                self._take(name, values)
             held += [(w, rows)] if keep else []
+            for name, values in rows.items() if not keep else ():
+                self._take(name, values)
         self.draws += count
         self._first = None
         if keep:
             by_name = {n: torch.cat([rows[n] for _, rows in held]) for n in self.tail}
             self._first = torch.cat([w for w, _ in held]), by_name
+            for name, values in by_name.items():
+                self._take(name, values, first=True)
 
-    def _take(self, name: str, rows: Tensor) -> None:
+    def _take(self, name: str, rows: Tensor, first: bool = False) -> None:
         squares = rows.square()
         self.tail[name] += squares.sum(0)
-        self._traces[name].append(squares.flatten(1).sum(1))
+        squares = squares.flatten(1)
+        self._traces[name].append(squares.sum(1))
+        if first:
+            self._freedom[name] = _freedom(squares.div_(squares.amax().clamp(min=torch.finfo(squares.dtype).tiny)))
 
     def errors(self, confidence: float) -> tuple[float, float]:
-        """The largest of all parameters' relative errors of trace (at that confidence) and of diagonal.
+        """The largest of all parameters' relative errors of trace and of diagonal, all of them at that confidence.
 
-        Once as it is known from so many draws, and once as if the spread were known exactly: to plan with.
+        Once as it is known from so many draws, and once as if the spread were known exactly: to plan with. Of the
+        diagonal, Σ (T - t)² is about a multiple of χ² with ν degrees of freedom, of expectation 2/M Σ t².
         """
         M, worst = self.draws, (0.0, 0.0)
         quiet = self._engine.structure.vanishes  # nothing but rounding
@@ -233,8 +244,23 @@ class _Estimate:
         quantiles = float(stdtrit(M - 1, level)), float(ndtri(level))
         for name, diagonal in alive.items():
             spread = torch.cat(self._traces[name]).std() / M**0.5
-            deviation = (2 / M) ** 0.5 * self.tail[name].norm() / M  # √Var[T]
-            trace, entries = float(spread / diagonal.sum()), SAFETY * float(deviation / diagonal.norm())
+            deviation = (2 / (M + 2)) ** 0.5 * self.tail[name].norm() / M  # E[T²] = (1 + 2/M) t²
+            nu = self._freedom[name]
+            beyond = (float(chdtri(nu, 1 - level)) / nu) ** 0.5
+            trace, entries = float(spread / diagonal.sum()), beyond * float(deviation / diagonal.norm())
             now, then = (max(quantile * trace, entries) for quantile in quantiles)
             worst = max(worst[0], now), max(worst[1], then)
         return worst
+
+
+def _freedom(terms: Tensor) -> float:
+    """ν = (tr Σ)² / ‖Σ‖² of the squared length of a sum of independent ``terms [m, p]`` with covariance Σ.
+
+    From their inner products about the mean: tr Σ on the diagonal, and ‖Σ‖² the variance of those beside it.
+    """
+    m, products = len(terms), (terms @ terms.T).double()
+    products = products - products.mean(0)
+    products = products - products.mean(1, keepdim=True)
+    beside = products[~torch.eye(m, dtype=torch.bool, device=products.device)]
+    trace = products.trace() / (m - 1)
+    return max(1.0, float(trace.square() / beside.var().clamp(min=torch.finfo(beside.dtype).tiny)))

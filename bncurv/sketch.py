@@ -21,7 +21,8 @@ from bncurv.layers.base import Product
 from bncurv.order import per_sample
 from bncurv.ranks import Ranks
 
-WIDTH = 2048  # numbers per row of V, all parameters together
+WIDTH = 2048  # numbers per row of V, all parameters together, or
+WIDE = 64  # of each
 NARROW = 12  # of one parameter at least, for a sketch to be worth its passes
 FLOOR = 1e-4  # of the trace: what a basis leaves at least, for a sketch may see nothing where there is something
 SMALLEST = 1e-8  # of the largest eigenvalue: what is below is rounding
@@ -74,8 +75,8 @@ def basis(engine: Engine, batch: Batch, passes: int | None) -> Basis:
     lengths = factor.blocks.norm(dim=2).flatten()
     count = factor.columns_per_sample
     total = engine.shard.everywhere if engine.shard.helpers > 1 else engine.shard.total
-    first, width = engine.shard.first * count, min(WIDTH, most // (total * count))
     names = [n for n in engine.wanted if n not in engine.slow and not engine.products.vanishes(n)]
+    first, width = engine.shard.first * count, min(max(WIDTH, WIDE * len(names)), most // (total * count))
     if not names or width < NARROW * len(names) or (passes is not None and passes < WORTHWHILE * count):
         return _by_length(lengths, ranks, first, most)
     checks = Assurance(engine.back, engine.trace, engine.products, [factor], engine.shard)

@@ -12,7 +12,7 @@ from test_exact import assert_close
 from torch import Tensor, nn
 
 from bncurv import DiagGGNExact, DiagGGNMC, curvature, extend
-from bncurv.deflation import Deflated
+from bncurv.deflation import Deflated, _freedom
 from bncurv.sketch import Basis
 
 CE = nn.CrossEntropyLoss()
@@ -167,14 +167,22 @@ def test_the_exact_way_where_it_is_no_dearer(goal, method):
 def test_draws_already_made_serve_a_larger_basis(all_columns, monkeypatch):
     """Vᵀw less what has become exact: as if they had been drawn after it."""
     model, X, y = at(conv)
-    bases = iter([(2, 12.0), (5, N * (C - 1.0))])
+    columns = N * (C - 1)
+    bases = iter([(4, 12.0), (5, 12.0)])  # half of the way, with the first draws, and the other half
     monkeypatch.setattr(Basis, "cheapest", lambda self, scale, fewest, known: next(bases))
-    errors = lambda self, _: (float(self.draws < N * (C - 1)),) * 2  # noqa: E731
+    errors = lambda self, _: (0.5 * (0.999 * columns / self.draws) ** 0.5,) * 2  # noqa: E731
     monkeypatch.setattr("bncurv.deflation._Estimate.errors", errors)
     want = curvature(model, CE, (X, y), DiagGGNExact()).diag_ggn_exact
     res = curvature(model, CE, (X, y), DiagGGNMC(rtol=0.5), method="dense")
-    assert res.passes == 2 + 5 + N * (C - 1)
+    assert res.passes == 2 + 5 + columns
     assert_close(res.diag_ggn_mc, want)
+
+
+@pytest.mark.parametrize("entries, freedom", [(1, 1), (60, 1), (60, 60)], ids=str)
+def test_freedom_of_a_squared_length(entries, freedom):
+    """Of terms that are alike in all entries, one; of independent ones, as many as entries."""
+    draws = seeded(lambda: torch.randn(200, freedom), 0)().double().square().expand(-1, entries)
+    assert _freedom(draws) == pytest.approx(freedom, rel=0.25)
 
 
 def test_both_gestures():
