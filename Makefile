@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 PYTHON_LOWEST ?= python3.10
+PYTHON_NEWEST ?= $(PYTHON)
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,dev
@@ -19,10 +20,10 @@ PY := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo experiments test test-slow test-lowest test-newest lint bench zoo notebooks docs clean
+.PHONY: help venv demo experiments test test-slow test-lowest test-newest test-versions lint bench zoo notebooks docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-13s %s\n", $$1, $$2}'
 
 venv: $(VENV)/.installed ## create .venv with everything that the targets below need
 
@@ -61,8 +62,16 @@ test-lowest: ## the default suite with the lowest versions that pyproject.toml a
 
 test-newest: ## the default suite with the newest versions that pip finds, in .venv-newest
 	@rm -f .venv-newest/.installed
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null EXTRAS=test \
+	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST) CONSTRAINTS=/dev/null EXTRAS=test \
 		PIP_FLAGS="$(PIP_FLAGS) --upgrade --upgrade-strategy eager"
+
+VERSIONS = import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)
+test-versions: ## the suite with the oldest, then with the newest Python and torch, and a line for each
+	@status=0; lines=; for which in lowest newest; do \
+		if $(MAKE) test-$$which; then said=passed; else said=FAILED; status=1; fi; \
+		found=$$(.venv-$$which/bin/python -c '$(VERSIONS)' 2>/dev/null) || found="not installed"; \
+		lines="$$lines$$which: $$found: $$said\n"; \
+	done; printf "$$lines"; exit $$status
 
 lint: venv ## ruff on everything, mypy on the package
 	$(PY) -m ruff check .

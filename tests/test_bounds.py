@@ -48,6 +48,15 @@ def test_lowest_versions_are_the_claimed_ones():
     assert pinned == lower_bounds((ROOT / "pyproject.toml").read_text())
 
 
+def test_pythons_claimed_are_those_that_the_suite_runs_on():
+    """The lowest by `make test-lowest`, the other one by `make test`."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    lowest = re.search(r"^PYTHON_LOWEST \?= python([\d.]+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    pinned = re.search(r"Python ([\d.]+), November", (ROOT / "constraints.txt").read_text())
+    assert re.findall(r"Python :: (3\.\d+)", pyproject) == [lowest[1], pinned[1]]
+    assert f'requires-python = ">={lowest[1]}"' in pyproject and f'python_version = "{lowest[1]}"' in pyproject
+
+
 def test_one_version_everywhere():
     """Of the package, its citation and the newest release in its changelog."""
     texts = [(ROOT / name).read_text() for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")]
