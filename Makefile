@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo experiments test test-slow test-lowest test-newest test-versions lint bench zoo notebooks docs clean
+.PHONY: help venv demo experiments test test-slow test-lowest test-newest test-versions dist lint bench zoo notebooks docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  %-13s %s\n", $$1, $$2}'
@@ -73,6 +73,17 @@ test-versions: ## the suite with the oldest, then with the newest Python and tor
 		lines="$$lines$$which: $$found: $$said\n"; \
 	done; printf "$$lines"; exit $$status
 
+# `pytest`, not `python -m pytest`, which would find the sources beside the tests before what the wheel installed.
+dist: ## sdist and wheel in dist/; the suite of the unpacked sdist runs on the installed wheel, in .venv-dist
+	rm -rf dist build/sdist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) build torch twine
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
+	.venv-dist/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) "$$(echo dist/*.whl)[test]"
+	mkdir -p build/sdist && tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && ../../.venv-dist/bin/pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
 lint: venv ## ruff on everything, mypy on the package
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -111,5 +122,5 @@ endef
 export EXECUTE
 
 clean: ## remove the environment, caches and what the experiments wrote
-	rm -rf .venv .venv-lowest .venv-newest .venv-zoo .venv-docs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
+	rm -rf .venv .venv-lowest .venv-newest .venv-zoo .venv-docs .venv-dist build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis experiments/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
