@@ -116,15 +116,16 @@ def of_site(target: str, page: str) -> str:
 
 
 def gallery() -> str:
-    """One card for each figure of the experiments: the picture, what the script says that it is, its command."""
+    """One card for each figure of the experiments: picture (a link to its page), what the script says it is, command."""
     cards = []
     for script in sorted((ROOT / "experiments").glob("*.py")):
         if not (ROOT / f"experiments/figures/{script.stem}.png").exists():
             continue
         title = (ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+        picture, page = f"../experiments/figures/{script.stem}.png", f"gallery/{script.stem}.md"
+        target = page if (ROOT / "docs" / page).exists() else picture
         cards.append(
-            f"<div markdown>\n[![{script.stem}](../experiments/figures/{script.stem}.png)]"
-            f"(../experiments/figures/{script.stem}.png)\n\n{title}\n\n"
+            f"<div markdown>\n[![{script.stem}]({picture})]({target})\n\n{title}\n\n"
             f"[`python experiments/{script.name}`](../experiments/{script.name})\n</div>"
         )
     return '<div class="gallery" markdown>\n' + "\n".join(cards) + "\n</div>"
