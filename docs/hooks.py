@@ -116,7 +116,7 @@ def of_site(target: str, page: str) -> str:
 
 
 def gallery() -> str:
-    """One card for each figure of the experiments: picture (a link to its page), what the script says it is, command."""
+    """One card for each figure of the experiments: picture, linked to its page; what the script says it is; command."""
     cards = []
     for script in sorted((ROOT / "experiments").glob("*.py")):
         if not (ROOT / f"experiments/figures/{script.stem}.png").exists():

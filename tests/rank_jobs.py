@@ -241,7 +241,7 @@ def deflated(shards: tuple[int, ...], statistics: str, goal: dict[str, Any]) -> 
         patch.setattr(Basis, "best", lambda self, passes, fewest: exact + own_best)
         patch.setattr(Basis, "cheapest", lambda self, scale, fewest, known: (exact, float(M)))
         rtol = goal.get("rtol", 0.0)
-        patch.setattr("bncurv.deflation._Estimate.errors", lambda self, _: (rtol * (0.999 * M / self.draws) ** 0.5,) * 2)
+        patch.setattr("bncurv.deflation._Estimate.errors", lambda e, _: (rtol * (0.999 * M / e.draws) ** 0.5,) * 2)
         if statistics == "same":
             return told(curvature(mlp(), CE, batch(12), DiagGGNMC(**goal), process_group=dist.group.WORLD))
         of = {"own": lambda: nn.parallel.DistributedDataParallel(mlp()), "pairs": paired}
