@@ -78,140 +78,110 @@ def one_hot(blocks: Tensor, start: int, stop: int) -> Tensor:
     return out
 
 
-class Diagonal:
-    """Exact GGN diagonal: sum over components of the squared rows."""
+def gradients(problem: Problem, F: Tensor) -> Tensor:
+    """The loss' gradient at each sample's output, ``[N, C, 1]``."""
+    leaf = F.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(problem.loss_fn(leaf, problem.y), leaf)[0].unsqueeze(2)
 
-    name, stored = "diag", False
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of V: its rows as they are (``stored``, ``V [K, D]``), or the sum of their squares, and more.
+
+    Attributes:
+        name: of the job.
+        stored: whether all rows are kept.
+        finish: what is made of them.
+        error: of a result, relative to another's.
+    """
+
+    name: str
+    stored: bool = False
+    finish: Callable[[Tensor], Any] = lambda found: found
+    error: Callable[[Any, Any], float | None] = lambda value, other: float((value - other).norm() / other.norm())
 
     def per_sample(self, problem: Problem) -> int:
         """Components of one sample."""
-        return problem.classes - 1
+        return 1 if self.name == "components" else problem.classes - 1
 
     def count(self, problem: Problem) -> int:
-        """Number of components K."""
-        return problem.n * self.per_sample(problem)
+        """Number of components K; of draws M."""
+        return problem.mc_samples if self.name == "mc" else problem.n * self.per_sample(problem)
 
     def blocks(self, problem: Problem, F: Tensor) -> Tensor:
         """The components' columns ``[N, C, per sample]``."""
-        return factor(F)
+        return gradients(problem, F) if self.name == "components" else factor(F)
 
     def columns(self, problem: Problem, F: Tensor) -> Columns:
         """Cotangents by their numbers, at an output."""
-        return partial(one_hot, self.blocks(problem, F))
+        return draws(problem, F) if self.name == "mc" else partial(one_hot, self.blocks(problem, F))
 
     def start(self, problem: Problem) -> list[Tensor]:
-        """Accumulators."""
+        """One buffer for all rows; or a sum per parameter."""
+        if self.stored:
+            return [torch.empty(self.count(problem), problem.D, device=problem.device)]
         return [torch.zeros_like(p, requires_grad=False) for p in problem.params]
 
     def add(self, state: list[Tensor], start: int, rows: list[Tensor]) -> None:
         """Take in the rows ``start ...`` of ``V`` (a list per parameter, may be overwritten)."""
-        for total, row in zip(state, rows, strict=True):
-            if len(row) == 1:
-                total.addcmul_(row[0], row[0])
+        places = state
+        if self.stored:
+            places = list(state[0][start : start + len(rows[0])].split([row[0].numel() for row in rows], dim=1))
+        for place, row in zip(places, rows, strict=True):
+            if self.stored:
+                place.copy_(row.flatten(1))
+            elif len(row) == 1:
+                place.addcmul_(row[0], row[0])
             else:
-                total.add_(row.square_().sum(0))
+                place.add_(row.square_().sum(0))
 
-    def finish(self, state: list[Tensor]) -> Any:
-        """The result."""
-        return torch.cat([s.flatten() for s in state])
-
-    def error(self, value: Any, reference: Any) -> float | None:
-        """Of a result, relative to another's."""
-        return ((value - reference).norm() / reference.norm()).item()
+    def result(self, state: list[Tensor]) -> Any:
+        """Of all rows."""
+        return self.finish(state[0] if self.stored else torch.cat([s.flatten() for s in state]))
 
 
-class RandomDiagonal(Diagonal):
-    """Monte-Carlo GGN diagonal from M whole-batch Rademacher mixtures of the exact factor's columns, over sqrt(M)."""
-
-    name = "mc"
-
-    def count(self, problem: Problem) -> int:
-        return problem.mc_samples
-
-    def columns(self, problem: Problem, F: Tensor) -> Columns:
-        S, generator = factor(F), torch.Generator().manual_seed(1000 + problem.draw)
-        signs = 2 * torch.randint(0, 2, (problem.mc_samples, len(S), S.shape[2]), generator=generator) - 1
-        mixed = torch.einsum("ncs,mns->mnc", S, signs.to(S)) / problem.mc_samples**0.5
-        return lambda start, stop: mixed[start:stop]
-
-    def error(self, value: Any, reference: Any) -> None:
-        """None: draws differ."""
+def draws(problem: Problem, F: Tensor) -> Columns:
+    """M whole-batch Rademacher mixtures of the exact factor's columns, over sqrt(M)."""
+    S, generator = factor(F), torch.Generator().manual_seed(1000 + problem.draw)
+    signs = 2 * torch.randint(0, 2, (problem.mc_samples, len(S), S.shape[2]), generator=generator) - 1
+    mixed = torch.einsum("ncs,mns->mnc", S, signs.to(S)) / problem.mc_samples**0.5
+    return lambda start, stop: mixed[start:stop]
 
 
-class Stored(Diagonal):
-    """Keep the rows, ``V [K, D]``."""
-
-    stored = True
-
-    def start(self, problem: Problem) -> list[Tensor]:
-        return [torch.empty(self.count(problem), problem.D, device=problem.device)]
-
-    def add(self, state: list[Tensor], start: int, rows: list[Tensor]) -> None:
-        block = state[0][start : start + len(rows[0])]
-        for part, row in zip(block.split([row[0].numel() for row in rows], dim=1), rows, strict=True):
-            part.copy_(row.flatten(1))
-
-
-class Components(Stored):
-    """Per-component gradients ``[N, D]``."""
-
-    name = "components"
-
-    def per_sample(self, problem: Problem) -> int:
-        return 1
-
-    def blocks(self, problem: Problem, F: Tensor) -> Tensor:
-        """The loss' gradient at each sample's output."""
-        leaf = F.detach().requires_grad_()
-        with torch.enable_grad():
-            return torch.autograd.grad(problem.loss_fn(leaf, problem.y), leaf)[0].unsqueeze(2)
-
-    def finish(self, state: list[Tensor]) -> Tensor:
-        return state[0]
-
-
-class Spectrum(Stored):
+def spectrum(V: Tensor) -> Tensor:
     """All non-zero GGN eigenvalues, descending, from the smaller of ``V V^T`` and ``V^T V``."""
-
-    name = "spectrum"
-
-    def finish(self, state: list[Tensor]) -> Tensor:
-        (V,) = state
-        return torch.linalg.eigvalsh(V @ V.T if V.shape[0] <= V.shape[1] else V.T @ V).flip(0)
-
-    def error(self, value: Tensor, reference: Tensor) -> float:
-        """The largest difference, relative to the largest eigenvalue; what one lacks is zero."""
-        size = max(len(value), len(reference))
-        value, reference = (torch.cat([v, v.new_zeros(size - len(v))]) for v in (value, reference))
-        return ((value - reference).abs().max() / reference[0]).item()
+    return torch.linalg.eigvalsh(V @ V.T if V.shape[0] <= V.shape[1] else V.T @ V).flip(0)
 
 
-class TopPairs(Stored):
-    """The ten largest eigenpairs, values ``[10]`` and vectors ``[D, 10]``, from the smaller one."""
-
-    name = "top10"
-
-    def finish(self, state: list[Tensor]) -> tuple[Tensor, Tensor]:
-        (V,) = state
-        if V.shape[0] > V.shape[1]:
-            return top_pairs(V.T @ V)
-        values, U = top_pairs(V @ V.T)
-        return values, V.T @ U / values.sqrt()
-
-    def error(self, value: Any, reference: Any) -> float:
-        """Of the eigenvalues, relative to the largest."""
-        return ((value[0] - reference[0]).abs().max() / reference[0][0]).item()
+def spectrum_error(value: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest eigenvalue; what one lacks is zero."""
+    size = max(len(value), len(other))
+    value, other = (torch.cat([v, v.new_zeros(size - len(v))]) for v in (value, other))
+    return float((value - other).abs().max() / other[0])
 
 
-def top_pairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Ten largest eigenpairs of a dense symmetric matrix, by Lanczos on a CPU."""
+def top_pairs(V: Tensor) -> tuple[Tensor, Tensor]:
+    """The ten largest eigenpairs, ``[10]`` and ``[D, 10]``, from the smaller one, by Lanczos on a CPU."""
+    tall = V.shape[0] > V.shape[1]
+    matrix = V.T @ V if tall else V @ V.T
     if matrix.is_cuda or len(matrix) <= 400:
         values, U = torch.linalg.eigh(matrix)
     else:
         from scipy.sparse.linalg import eigsh
 
         values, U = (torch.from_numpy(a) for a in eigsh(matrix.numpy(), k=TOP, which="LA"))
-    return values[-TOP:].flip(0), U[:, -TOP:].flip(1)
+    values, U = values[-TOP:].flip(0), U[:, -TOP:].flip(1)
+    return values, U if tall else V.T @ U / values.sqrt()
 
 
-JOBS = {job.name: job for job in (Diagonal(), Spectrum(), TopPairs(), Components(), RandomDiagonal())}
+JOBS = {
+    job.name: job
+    for job in (
+        Job("diag"),
+        Job("spectrum", stored=True, finish=spectrum, error=spectrum_error),
+        Job("top10", stored=True, finish=top_pairs, error=lambda value, other: spectrum_error(value[0], other[0])),
+        Job("components", stored=True),
+        Job("mc", error=lambda value, other: None),  # draws differ
+    )
+}

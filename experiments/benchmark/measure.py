@@ -10,7 +10,7 @@ from math import inf
 from typing import Any
 
 import torch
-from jobs import Diagonal, Problem
+from jobs import Job, Problem
 from meters import count_flops, gemm_rate, peak_memory, quiet_median, time_call, total_memory, wait_for_quiet
 from ways import Way, competitors
 
@@ -26,7 +26,7 @@ def timed(call: Callable[[], Any], settings: Namespace) -> tuple[float, Any]:
     return getattr(sample, settings.clock), results[0]
 
 
-def measure_cell(net: str, n: int, job: Diagonal, settings: Namespace) -> list[Row]:
+def measure_cell(net: str, n: int, job: Job, settings: Namespace) -> list[Row]:
     """All competitors of a job in one process; ``settings`` are the options of ``run.py``."""
     problem = Problem(net, n, settings.device, settings.mc_samples)
     ways = [w for w in competitors(job.name, problem.X.ndim == 4) if any(o in w.name for o in settings.only or [""])]
@@ -58,7 +58,7 @@ class Cell:
     """A problem, a job of K components, the seconds that each competitor may use; what its rows share."""
 
     problem: Problem
-    job: Diagonal
+    job: Job
     share: float
     settings: Namespace
     reference: tuple[str, Any] | None = None  # the first result in full
@@ -126,7 +126,7 @@ class Cell:
             self.forward, _ = timed(lambda: problem.model(problem.X), settings)
         if partly and job.stored and job.name != "components":  # Gram matrix and eigenvalues
             V = torch.randn(self.K, problem.D, device=problem.device)
-            self.finish, _ = timed(lambda: job.finish([V]), settings)
+            self.finish, _ = timed(lambda: job.finish(V), settings)
 
     def row(self, way: Way) -> Row:
         """Of the results file."""

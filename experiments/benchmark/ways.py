@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from jobs import JOBS, TOP, Diagonal, Problem
+from jobs import JOBS, TOP, Job, Problem
 from meters import Sample
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
@@ -62,24 +62,19 @@ class Way:
         return self.run(problem, self.chunk, self.limit)
 
 
-def loop(problem: Problem, job: Diagonal, chunk: int, stop: int) -> Rows:
-    """A Python loop of ``torch.autograd.grad``."""
-    F = problem.model(problem.X)
-    columns = job.columns(problem, F)
-    for start in range(0, stop, LOOP_BLOCK):
-        for column in columns(start, min(start + LOOP_BLOCK, stop)):
-            rows = torch.autograd.grad(F, problem.params, column, retain_graph=True)
-            yield [row.unsqueeze(0) for row in rows]
-
-
-def batched(problem: Problem, job: Diagonal, chunk: int, stop: int, channels_last: bool = False) -> Rows:
-    """``torch.autograd.grad(..., is_grads_batched=True)`` in chunks (channels last: faster for some convolutions)."""
+def autograd(
+    problem: Problem, job: Job, chunk: int, stop: int, batched: bool = True, channels_last: bool = False
+) -> Rows:
+    """``torch.autograd.grad``, chunks with ``is_grads_batched=True`` (channels last: faster for some), or in a loop."""
     model, X = problem.channels_last if channels_last else (problem.model, problem.X)
     F, params = model(X), tuple(model.parameters())
-    columns = job.columns(problem, F)
+    columns, chunk = job.columns(problem, F), chunk if batched else LOOP_BLOCK
     for start in range(0, stop, chunk):
         part = columns(start, min(start + chunk, stop))
-        yield list(torch.autograd.grad(F, params, part, retain_graph=True, is_grads_batched=True))
+        if batched:
+            yield list(torch.autograd.grad(F, params, part, retain_graph=True, is_grads_batched=True))
+        for column in () if batched else part:
+            yield [row.unsqueeze(0) for row in torch.autograd.grad(F, params, column, retain_graph=True)]
 
 
 def _functional(problem: Problem, *params: Tensor) -> Tensor:
@@ -88,7 +83,7 @@ def _functional(problem: Problem, *params: Tensor) -> Tensor:
     return functional_call(problem.model, (dict(zip(problem.names, params, strict=True)), buffers), (problem.X,))
 
 
-def func_vjp(problem: Problem, job: Diagonal, chunk: int, stop: int) -> Rows:
+def func_vjp(problem: Problem, job: Job, chunk: int, stop: int) -> Rows:
     """``torch.func``: ``vmap`` of one ``vjp``, in chunks."""
     F, pull = vjp(partial(_functional, problem), *(p.detach() for p in problem.params))
     columns, pull_many = job.columns(problem, F), vmap(pull)
@@ -96,7 +91,7 @@ def func_vjp(problem: Problem, job: Diagonal, chunk: int, stop: int) -> Rows:
         yield list(pull_many(columns(start, min(start + chunk, stop))))
 
 
-def func_jacrev(problem: Problem, job: Diagonal, chunk: int, stop: int) -> Rows:
+def func_jacrev(problem: Problem, job: Job, chunk: int, stop: int) -> Rows:
     """``torch.func.jacrev(chunk_size=...)`` of the whole batch (of whole samples up to ``stop``), then the factor."""
     per_sample = job.per_sample(problem)
     samples = max(1, stop // per_sample)
@@ -122,7 +117,7 @@ def _operator(kind: str, problem: Problem, *loss: nn.Module) -> Any:
     return getattr(curvlinops, kind)(model, *loss, list(model.parameters()), data, **more)
 
 
-def curvlinops_vjp(problem: Problem, job: Diagonal, chunk: int, stop: int) -> Rows:
+def curvlinops_vjp(problem: Problem, job: Job, chunk: int, stop: int) -> Rows:
     """curvlinops' ``TransposedJacobianLinearOperator`` on chunks of columns."""
     operator = _operator("TransposedJacobianLinearOperator", problem)
     with torch.no_grad():
@@ -133,16 +128,16 @@ def curvlinops_vjp(problem: Problem, job: Diagonal, chunk: int, stop: int) -> Ro
 
 
 PLAIN = {
-    "autograd batched": batched,  # the reference: exact, cheap to trust
-    "autograd loop": loop,
-    "autograd batched NHWC": partial(batched, channels_last=True),
+    "autograd batched": autograd,  # the reference: exact, cheap to trust
+    "autograd loop": partial(autograd, batched=False),
+    "autograd batched NHWC": partial(autograd, channels_last=True),
     "func vmap(vjp)": func_vjp,
     "func jacrev": func_jacrev,
     "curvlinops J^T": curvlinops_vjp,
 }
 
 
-def plain(name: str, job: Diagonal) -> Way:
+def plain(name: str, job: Job) -> Way:
     """A competitor that makes rows in a plain way and hands them to the job."""
 
     def run(problem: Problem, chunk: int | None, limit: int | None) -> Outcome:
@@ -152,7 +147,7 @@ def plain(name: str, job: Diagonal) -> Way:
             done += len(rows[0])
         # jacrev pulls the C columns of the identity per sample, whatever the factor
         passes = done * problem.classes * problem.n // K if name == "func jacrev" else done
-        return Outcome(job.finish(state), passes) if done == K else Outcome(state, passes, done)
+        return Outcome(job.result(state), passes) if done == K else Outcome(state, passes, done)
 
     return Way(name, "peer", run, plain=True)
 
