@@ -20,6 +20,7 @@ from bncurv.structure import ALL, Structure
 WORTHWHILE = 3  # fewer backward passes than this are not done at once
 ELEMENTWISE = 100.0  # one entry of a layer's output through normalisation, activation and their copies
 ROW_ENTRY = 60.0  # one entry of V: written, corrected, squared
+POSITIONS = 1.5  # by how much sums of squares over several positions take longer than their operations
 COUPLED = 1.25  # the coupled way's smaller products run at a lower rate
 CALL = 2e6  # one layer in one call of the engine
 
@@ -140,7 +141,7 @@ class Costs:
             if self._direction_bytes(name) > (1 if self._memory else 4) * self.budget.direction:
                 return float("inf")  # one parameter's P alone does not fit
             squares = self._squares_do and self.factored(name, self._columns)
-            cost += self._squares(name) if squares else self._rows(name, self._columns)
+            cost += (self._squares if squares else self._rows)(name, self._columns)
         return COUPLED * cost + (self.dense() if slow else 0.0)
 
     def truncated(self, directions: int, slow: list[str]) -> float:
@@ -157,17 +158,19 @@ class Costs:
         through = ELEMENTWISE * (rows + directions) * self._computed.get(name, 0)
         return rows * self._wanted[name].numel() * (2.0 * directions + ROW_ENTRY) + through
 
-    def _squares(self, name: str) -> float:
+    def _squares(self, name: str, columns: int) -> float:
         """The sum of their squares, from the factors."""
         if not self._products.factors(name):
             return float("inf")
-        directions = self._structure.entries[name]
-        products = 2.0 * (directions + 2) * (self._samples + directions)
-        return self._wanted[name].numel() * (products + ROW_ENTRY * (directions + 2))
+        directions, (positions, features) = self._structure.entries[name], self._products.positions(name)
+        rows = self._samples * columns if positions > 1 else 0  # without their correction
+        products = 2.0 * (directions + 2) * (self._samples * positions * (1 + columns / features) + directions)
+        cost = self._wanted[name].numel() * (products + ROW_ENTRY * (directions + 2 + rows))
+        return cost if positions == 1 else POSITIONS * cost
 
     def factored(self, name: str, columns: int) -> bool:
         """Whether the squares of ``columns`` columns per sample are cheaper from factors than from rows."""
-        return self._squares(name) < self._rows(name, columns)
+        return self._squares(name, columns) < self._rows(name, columns)
 
     def _direction_bytes(self, name: str) -> int:
         """P of one parameter."""

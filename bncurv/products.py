@@ -300,15 +300,21 @@ class Products:
 
     # ---------------------------------------------------------------- squares from factors
     def factors(self, name: str) -> bool:
-        """Whether a parameter's rows are outer products of one call, one per sample."""
+        """Whether a parameter's rows are products of one call, each of one row of its input."""
         uses = self.uses.get(name, ())
         if len(uses) != 1 or uses[0][1] in self._trace.sites[uses[0][0]].call.leaves:
             return False
         call = self._trace.sites[uses[0][0]].call
         right = self._one_row(*uses[0])
         single = call.rows == self.samples and (call.order is None or call.order.even)
-        outer = right is not None and right.shape[:3] == (1, 1, 1) and single
-        return outer and type(call.layer).unfold is Layer.unfold
+        one = right is not None and right.shape[:2] == (1, 1) and single
+        return one and type(call.layer).unfold is Layer.unfold
+
+    def positions(self, name: str) -> tuple[int, int]:
+        """Positions s and features i of its input's operand; where `factors`."""
+        right = self._one_row(*self.uses[name][0])
+        assert right is not None
+        return right.shape[2], right.shape[3]
 
     def in_range(self, name: str, delta: Mapping[int, Tensor | None], correction: Correction) -> bool:
         """Whether squares of the factors stay in the dtype's range."""
@@ -316,7 +322,7 @@ class Products:
         d, right = delta[j], self.right(j, role)
         assert right is not None
         coefficients = [correction.A, *(a.flatten(2) for a, _ in correction.direct)]
-        factors = [right[0, :, 0], None if d is None else d.flatten(2), *coefficients]
+        factors = [right[0].flatten(1), None if d is None else d.flatten(2), *coefficients]
         return all(within_range(t) for t in factors if t is not None)
 
     def sum_squares(
@@ -327,5 +333,5 @@ class Products:
         call, d, right = self._trace.sites[j].call, delta[j], self.right(j, role)
         assert right is not None
         d = right.new_zeros(count, *call.output) if d is None else d
-        left = call.layer.left(role, call.arguments, call.by_sample(d))[:, :, 0, :, 0]
-        return sum_squares(left[:, n], right[0, n, 0], correction, self.budget).view_as(self.wanted[name])
+        left = call.layer.left(role, call.arguments, call.by_sample(d))[:, :, 0]
+        return sum_squares(left[:, n], right[0, n], correction, self.budget).view_as(self.wanted[name])

@@ -33,11 +33,11 @@ def in_dtype(factors: Factors, dtype: torch.dtype) -> Factors:
 
 def row_form(left: Tensor, right: Tensor, correction: Correction) -> Tensor:
     """Every row of V written out, then squared and summed."""
-    rows = torch.einsum("cno,ni->ncoi", left, right)
+    rows = torch.einsum("cnos,nsi->ncoi", left, right)
     if correction.A is not None:
-        rows = rows + torch.einsum("ncq,qoi->ncoi", correction.A, correction.P.view(-1, O, right.shape[1]))
+        rows = rows + torch.einsum("ncq,qoi->ncoi", correction.A, correction.P.view(-1, O, right.shape[2]))
     for a, p in correction.direct:
-        rows = rows + torch.einsum("ncmo,moi->ncoi", a, p.view(-1, O, right.shape[1]))
+        rows = rows + torch.einsum("ncmo,moi->ncoi", a, p.view(-1, O, right.shape[2]))
     return rows.square().sum((0, 1))
 
 
@@ -47,20 +47,30 @@ def errors(got: Tensor, factors: Factors) -> Tensor:
     return (got - want).abs() / want
 
 
-def drawn(directions: int | None, moments: tuple[int, ...], tail: tuple[int, ...] = ()) -> Factors:
+def drawn(directions: int | None, moments: tuple[int, ...], tail: tuple[int, ...] = (), positions: int = 1) -> Factors:
     """Normal factors; ``tail`` are further axes of the parameter."""
     A, P = (None, None) if directions is None else (torch.randn(N, C, directions), torch.randn(directions, O, I, *tail))
     direct = tuple((torch.randn(N, C, m, O), torch.randn(m, O, I, *tail)) for m in moments)
-    return torch.randn(C, N, O), torch.randn(N, I), Correction(A, P, direct)
+    return torch.randn(C, N, O, positions), torch.randn(N, positions, I), Correction(A, P, direct)
 
 
 @pytest.mark.parametrize("dtype", TIGHT)
 @pytest.mark.parametrize("directions", [None, 0, 1, 7])
 @pytest.mark.parametrize("moments", [(), (0,), (1,), (2,), (2, 2)])
-def test_random_factors(directions, moments, dtype):
-    factors = in_dtype(drawn(directions, moments), dtype)
+@pytest.mark.parametrize("positions", [1, 3])
+def test_random_factors(positions, directions, moments, dtype):
+    factors = in_dtype(drawn(directions, moments, positions=positions), dtype)
     got = sum_squares(*factors)
     assert got.dtype == dtype and float(errors(got, factors).max()) < TIGHT[dtype]
+
+
+def test_rows_without_their_correction_in_parts(float64, monkeypatch):
+    factors, slices = drawn(7, (2,), positions=3), []
+    chunks = bncurv.squares.chunks
+    monkeypatch.setattr("bncurv.squares.chunks", lambda *a: slices.append(list(chunks(*a))) or chunks(*a))
+    budget = Budget(row=2 * 8 * C * O * I)
+    assert float(errors(sum_squares(*factors, budget), factors).max()) < 1e-12
+    assert [s.stop - s.start for s in slices[0]] == [2] * (N // 2)
 
 
 @pytest.mark.parametrize("moments", [(), (1,), (2,)])
@@ -85,6 +95,11 @@ def test_kernel_axes_and_arguments_left_alone(float64):
 
 
 def constant_features(kind: str, noise: Tensor) -> Factors:
+    left, right, correction = _constant(kind, noise)
+    return left[..., None], right[:, None], correction
+
+
+def _constant(kind: str, noise: Tensor) -> Factors:
     """Features constant + noise and a correction that takes their mean off: Σ V² is noise² of its terms.
 
     The mean sits in single directions, in one direct moment, or half in each; or twice and cancels itself, in
@@ -171,6 +186,22 @@ def one_pixel(conv: nn.Module, bn: nn.Module) -> nn.Module:
     return nn.Sequential(conv, bn, nn.Tanh(), type(conv)(width, 4, 1), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))
 
 
+def conv_map(width: int) -> nn.Module:
+    """Several positions, strides and padding."""
+    first, second = nn.Conv2d(2, width, 3, padding=1), nn.Conv2d(width, 3, 3, stride=2, padding=1)
+    return nn.Sequential(first, nn.BatchNorm2d(width), nn.Tanh(), second, nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+
+
+def steps() -> nn.Module:
+    """A linear layer at several steps of a sample."""
+    return Net(
+        lambda net, x: net.out(net.bn(net.first(x).transpose(1, 2)).tanh().mean(2)),
+        first=nn.Linear(4, 5),
+        bn=nn.BatchNorm1d(5),
+        out=nn.Linear(5, 3),
+    )
+
+
 def twice() -> nn.Module:
     return Net(
         lambda net, x: net.out(net.bn(net.shared(net.shared(x).tanh())).tanh()),
@@ -252,6 +283,8 @@ FACTORED: dict[Case, set[str]] = {
         "6.weight"
     },
     case("shared", twice, VECTORS): {"out.weight"},
+    case("conv_positions", lambda: conv_map(4), labelled(6, 2, 4, 4)): {"0.weight", "3.weight", "6.weight"},
+    case("steps", steps, labelled(6, 3, 4)): {"first.weight", "out.weight"},
     case("embedding", words, tokens(7, 1)): {"first.weight", "out.weight"},
     case("one_step", one_step, labelled(6, 1, 4)): {"first.weight", "out.weight"},
     case("flat_steps", flat_steps, labelled(5, 3, 4)): {"out.weight"},
