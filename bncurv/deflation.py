@@ -183,7 +183,7 @@ class _Estimate:
         self.exact = self.draws = 0
         self.head, self.tail = ({n: engine.products.zeros(n) for n in engine.wanted} for _ in range(2))
         self._traces: dict[str, list[Tensor]] = {n: [] for n in engine.wanted}  # of the terms of the tail
-        self._freedom: dict[str, float] = {}  # ν of the squared error, by the first draws
+        self._freedom: dict[str, Tensor] = {}  # ν of the squared error, by the first draws
         self._first: tuple[Tensor, dict[str, Tensor]] | None = None  # the first draws w, and their Vᵀ(I - Q Qᵀ) w
 
     def deflate(self, r: int) -> None:
@@ -236,24 +236,23 @@ class _Estimate:
         Once as it is known from so many draws, and once as if the spread were known exactly: to plan with. Of the
         diagonal, Σ (T - t)² is about a multiple of χ² with ν degrees of freedom, of expectation 2/M Σ t².
         """
-        M, worst = self.draws, (0.0, 0.0)
-        quiet = self._engine.structure.vanishes  # nothing but rounding
-        alive = {n: h + self.tail[n] / M for n, h in self.head.items() if not quiet(n)}
-        alive = {n: d for n, d in alive.items() if bool(d.any())}
+        M, found = self.draws, []
+        for name, head in self.head.items():
+            if not self._engine.structure.vanishes(name):  # else nothing but rounding
+                diagonal, spread = head + self.tail[name] / M, torch.cat(self._traces[name]).std() / M**0.5
+                length, tail = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (diagonal, self.tail[name]))
+                found.append(torch.stack([diagonal.sum(), spread, length, tail / M, self._freedom[name]]))
+        alive = [row for row in torch.stack(found).tolist() if row[0] > 0] if found else []  # one wait for the device
         level = 1 - (1 - confidence) / max(1, len(alive))
-        quantiles = float(stdtrit(M - 1, level)), float(ndtri(level))
-        for name, diagonal in alive.items():
-            spread = torch.cat(self._traces[name]).std() / M**0.5
-            deviation = (2 / (M + 2)) ** 0.5 * self.tail[name].norm() / M  # E[T²] = (1 + 2/M) t²
-            nu = self._freedom[name]
-            beyond = (float(chdtri(nu, 1 - level)) / nu) ** 0.5
-            trace, entries = float(spread / diagonal.sum()), beyond * float(deviation / diagonal.norm())
-            now, then = (max(quantile * trace, entries) for quantile in quantiles)
+        quantiles, worst = (float(stdtrit(M - 1, level)), float(ndtri(level))), (0.0, 0.0)
+        for total, spread, length, tail, nu in alive:
+            beyond = (2 / (M + 2) * float(chdtri(nu, 1 - level)) / nu) ** 0.5  # E[T²] = (1 + 2/M) t²
+            now, then = (max(quantile * spread / total, beyond * tail / length) for quantile in quantiles)
             worst = max(worst[0], now), max(worst[1], then)
         return worst
 
 
-def _freedom(terms: Tensor) -> float:
+def _freedom(terms: Tensor) -> Tensor:
     """ν = (tr Σ)² / ‖Σ‖² of the squared length of a sum of independent ``terms [m, p]`` with covariance Σ.
 
     From their inner products about the mean: tr Σ on the diagonal, and ‖Σ‖² the variance of those beside it.
@@ -263,4 +262,4 @@ def _freedom(terms: Tensor) -> float:
     products = products - products.mean(1, keepdim=True)
     beside = products[~torch.eye(m, dtype=torch.bool, device=products.device)]
     trace = products.trace() / (m - 1)
-    return max(1.0, float(trace.square() / beside.var().clamp(min=torch.finfo(beside.dtype).tiny)))
+    return (trace.square() / beside.var().clamp(min=torch.finfo(beside.dtype).tiny)).clamp(min=1)
