@@ -100,11 +100,11 @@ class DiagGGNMC(_Sampled):
     would for a normal distribution.
 
     ``passes=B`` or ``rtol=ε``: directions that make up most of the diagonal are taken exactly, found from C passes,
-    and the rest is random (``deflation.py``): the best of B passes; or as many as it takes until the estimated relative
-    error of every parameter's trace (at ``confidence``) and diagonal (in the Euclidean norm) is at most ε. Where the
-    exact diagonal is no dearer, it is taken, and ``Results.method`` is the way it went; else ``"sampled"``. The fields
-    ``diag_ggn_mc_lower`` and ``diag_ggn_mc_upper`` are limits within which the true entry lies with probability
-    ``confidence``, each entry by itself; equal to the value where it is exact.
+    and the rest is random (``deflation.py``): the best of B passes; or as many as it takes until the relative error of
+    every parameter's trace and diagonal (in the Euclidean norm) is at most ε, all of them together at ``confidence``
+    as estimated from the draws. Where the exact diagonal is no dearer, it is taken, and ``Results.method`` is the way
+    it went; else ``"sampled"``. The fields ``diag_ggn_mc_lower`` and ``diag_ggn_mc_upper`` are limits within which the
+    true entry lies with probability ``confidence``, each entry by itself; equal to the value where it is exact.
 
     Args:
         mc_samples: number of draws M; default 1.
