@@ -27,7 +27,7 @@ from bncurv.blocks import Batch, Rows, Squares, WholeBatch
 from bncurv.budget import chunks
 from bncurv.engine import Engine, Procedure
 from bncurv.factor import source_of
-from bncurv.sketch import Basis, basis
+from bncurv.sketch import Basis, basis, operations
 
 FEWEST = 12  # draws from which on their spread tells an error
 EXPECTED = 1.2  # by how much an error may exceed its expectation, before draws tell
@@ -73,7 +73,8 @@ class Deflated(Procedure):
     def pull(self, engine: Engine) -> Iterator[Rows | Squares | Tail]:
         """Squares of what is exact, tails of what is random."""
         exact = self._price(engine)
-        if engine.costs.whole(self.planned(engine)) >= exact:
+        beside = operations(engine.shard.total * self._closed, len(engine.wanted)) if self._closed else 0.0
+        if engine.costs.whole(self.planned(engine)) + beside >= exact:
             yield from self._exactly(engine)
             return
         found = basis(engine, self._batch, self._goal.passes)

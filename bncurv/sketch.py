@@ -27,6 +27,7 @@ NARROW = 12  # of one parameter at least, for a sketch to be worth its passes
 FLOOR = 1e-4  # of the trace: what a basis leaves at least, for a sketch may see nothing where there is something
 SMALLEST = 1e-8  # of the largest eigenvalue: what is below is rounding
 WORTHWHILE = 2.0  # passes allowed, per pass of the sketch, from which on it is made
+DECOMPOSITION = 12.0  # operations of an eigenvalue decomposition, by the cube of its size
 MANY = 2**25  # numbers of a sketch at most
 COPIES = 48  # bytes of each, with what is made of it in float64
 
@@ -59,6 +60,13 @@ class Basis:
         draws = [max(float(fewest), scale * self.tail(r) ** 2) for r in range(len(self.tails))]
         r = min(range(known, len(draws)), key=lambda r: r + draws[r])
         return r, draws[r]
+
+
+def operations(columns: int, parameters: int) -> float:
+    """What a `basis` takes beside its passes, as `Costs` counts."""
+    width = max(WIDTH, WIDE * parameters)
+    size = min(columns, width)
+    return 2.0 * columns * width * size + DECOMPOSITION * size**3
 
 
 def basis(engine: Engine, batch: Batch, passes: int | None) -> Basis:
