@@ -109,9 +109,9 @@ class Call:
         division = Division(ranks, model, loss_fn)
         for X, y in everybody.in_step(batches(data, self._forward)):
             shared = division.of((X, y))
-            with torch.enable_grad(), twins.meeting(), values_needed(model), recorder:
+            with torch.enable_grad(), twins.meeting(), values_needed(model):
                 X, y = twins.data((X, y))
-                output, of_output, y = _forward(model, twins.loss_fn, X, y, self._forward, wanted, largest)
+                output, of_output, y = _forward(model, recorder, twins.loss_fn, X, y, self._forward, wanted, largest)
                 twins.check(output)
                 check_own(output, wanted, [*own, *tensors(X)])
             y, all_of_them, largest = moved(y, output.device), wanted | twins.others, max(largest, len(output))
@@ -155,6 +155,7 @@ class Call:
 
 def _forward(
     model: nn.Module,
+    recorder: Recorder,
     loss_fn: Callable,
     X: Any,
     y: Any,
@@ -167,8 +168,11 @@ def _forward(
     model = getattr(model, "_orig_mod", model)  # torch.compile: the eager code
     if isinstance(model, nn.parallel.DistributedDataParallel):  # its own messages are not wanted
         model = model.module
+    device = device_of(model)
     try:
-        output, y = output_and_target(model, X, y, forward, device_of(model))
+        with recorder:  # nothing else: it slows every call of PyTorch
+            output, y = output_and_target(model, X, y, forward, device)
+            output, loss_fn = as_one(output, loss_fn)
     except ValueError as error:
         count = next((len(t) for t in tensors((y, X)) if t.dim()), 0)
         if not count < largest:
@@ -177,7 +181,6 @@ def _forward(
             f"{error} This is a mini-batch of {count or 'unknown'} sample(s) after one of {largest}: if it is too "
             "small, leave it out with DataLoader(..., drop_last=True)."
         ) from error
-    output, loss_fn = as_one(output, loss_fn)
     check_output(output, y, wanted, X)
     check_finite(output, wanted, masks)
     return plain_tensor(output), loss_fn, y
