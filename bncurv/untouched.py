@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -29,8 +29,9 @@ def leave_as_is(undo: Undo, *roots: nn.Module) -> None:
     Parameters, their ``.grad`` and hooks, buffers, modes, hooks of modules, and no graph as their attribute; random
     states; PyTorch's modes of this thread; BackPACK's context.
     """
-    modules = [m for root in roots for m in root.modules()]
-    parameters = [p for root in roots for p in root.parameters()]
+    named = [pair for root in roots for pair in root.named_modules()]
+    modules, values = [m for _, m in named], [_held(named, table) for table in ("_parameters", "_buffers")]
+    parameters = [p for _, p in values[0]]
     take_turn(undo, "bncurv.curvature")
     keep_modes(undo)
     keep_random_states(undo, parameters)
@@ -38,9 +39,15 @@ def leave_as_is(undo: Undo, *roots: nn.Module) -> None:
     leave_inference_mode(undo)
     keep_grads(undo, parameters)
     keep_tables(undo, modules)
-    keep_values(undo, [(name, t) for root in roots for name, t in chain(root.named_parameters(), root.named_buffers())])
+    keep_values(undo, chain(*values))
     rest_hooks(undo, parameters, modules)
     rest_storing(undo, modules)
+
+
+def _held(modules: Iterable[tuple[str, nn.Module]], table: str) -> Collection[tuple[str, Tensor]]:
+    """The tensors in a table of modules, each once, with a name."""
+    entries = ((f"{name}.{key}".lstrip("."), t) for name, m in modules for key, t in getattr(m, table).items())
+    return {id(t): (name, t) for name, t in entries if t is not None}.values()
 
 
 def keep_modes(undo: Undo) -> None:
@@ -170,8 +177,16 @@ def bytes_kept(*roots: nn.Module) -> int:
     return sum(part.numel() * part.element_size() for t in tensors for part in _memory(t.detach()))
 
 
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor is numbers in a storage, and nothing else."""
+    usual = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
+    return usual and not (t.is_meta or t.is_quantized or t.is_nested)
+
+
 def _memory(t: Tensor) -> list[Tensor]:
     """Plain tensors that are the memory of a tensor, each cell once."""
+    if _plain(t) and t.is_contiguous():
+        return [t]
     if t.is_meta or t.is_mkldnn:  # there is none, or none that is accessible
         return []
     if t.is_quantized:
@@ -195,17 +210,19 @@ def _memory(t: Tensor) -> list[Tensor]:
 
 def _place(t: Tensor) -> list[Any]:
     """Where the memory of a tensor lies, and how it is read."""
+    if _plain(t):
+        return [t.data_ptr(), t.shape, t.stride()]
     read = [] if t.layout != torch.strided or t.is_nested else [t.shape, t.stride()]
     return read + [(part.data_ptr(), part.shape) for part in _memory(t)]
 
 
 def _put_back(t: Tensor, found: Tensor, memory: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for part, value in memory:
-            if not torch.equal(part, value):
+    for part, value in memory:
+        if not torch.equal(part, value):
+            with torch.no_grad():
                 part.copy_(value)
-        if _place(t) != _place(found):
-            t.data = found
+    if _place(t) != _place(found):
+        t.data = found
 
 
 # -------------------------------------------------------------------------- hooks
