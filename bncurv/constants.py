@@ -7,7 +7,7 @@ what is computed from a tensor that is taken for a constant and is none.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ class Constants:
     """A set of tensors without gradients, by identity: attributes of a model's modules, and what was made from them.
 
     Args:
-        model: whose buffers and other tensors are constant from the beginning.
+        modules: whose buffers and other tensors are constant from the beginning.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        held = (t for m in model.modules() for t in (*m.buffers(recurse=False), *vars(m).values()))
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        held = (t for m in modules for t in (*m._buffers.values(), *vars(m).values()))
         self._known = {id(t): weakref.ref(t) for t in held if isinstance(t, Tensor)}
 
     def __contains__(self, t: Tensor) -> bool:

@@ -115,7 +115,7 @@ class Twins:
 
     def check(self, output: Tensor) -> None:
         """Raise TypeError where the output depends on an original."""
-        reached = {id(leaf) for leaf in leaves(output)}
+        reached = {id(leaf) for leaf in leaves(output)} if self._originals else set()
         held = [name for name, p in self._originals.items() if id(p) in reached]
         if held:
             raise TypeError(

@@ -30,13 +30,14 @@ class Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, private: bool = False) -> None:
         super().__init__()
         self._private, self._model = private, model
-        self._names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
-        self._learnt = {id(p) for p in model.parameters()}
-        self._fixed = {id(b) for b in model.buffers()}
+        named = [(m, name or type(m).__name__) for name, m in model.named_modules()]
+        self._modules, self._names = [m for m, _ in named], {id(m): name for m, name in named}
+        self._learnt = {id(p) for m in self._modules for p in m._parameters.values()}
+        self._fixed = {id(b) for m in self._modules for b in m._buffers.values()}
 
     def __enter__(self) -> Watch:
         self._stack, self._gates, self._thread = [type(self._model).__name__], Gates(), threading.get_ident()
-        self._constants = Constants(self._model)
+        self._constants = Constants(self._modules)
         register_module_forward_pre_hook(self._enter_module)
         register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
         run_eagerly(self)
