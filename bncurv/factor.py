@@ -72,7 +72,8 @@ class Factor:
     def columns(self, c: slice) -> Tensor:
         """Columns ``c`` of all samples, each in its own sample's row: ``[c, n, *output]``."""
         if self.joint:
-            return by_output(rearrange(self.blocks[..., c], "n t e c -> c n t e"), self.layout, self.last)
+            drawn = rearrange(self.blocks[..., c], "n t e c -> c n t e")
+            return by_output(drawn, self.layout, self.last).contiguous()  # what reads it goes along its rows
         n, t, e, j = self.blocks.shape
         index = torch.arange(t * j, device=self.blocks.device)[c]
         out = self.blocks.new_zeros(len(index), n, t, e)
