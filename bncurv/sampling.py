@@ -170,11 +170,12 @@ class DiagGGNMC(_Sampled):
     def numbers(self, batch: Batch) -> int:
         """Sums and what they are made into; with a goal also those of its way, for an error its first draws."""
         first = 2 * FEWEST if self.goal and self.goal.rtol else 0
-        return (6 + (2 if self.goal else 0) + first) * entries(batch)
+        return (5 + (3 if self.goal else 0) + first) * entries(batch)
 
     def start(self, batch: Batch) -> Estimate:
         """Sums; without a goal of squares and of fourth powers."""
-        return Estimate(zeros(batch.parameters), zeros(batch.parameters), zeros(batch.parameters))
+        random = zeros(batch.parameters) if self.goal else {}
+        return Estimate(zeros(batch.parameters), random, zeros(batch.parameters))
 
     def add(self, state: Estimate, key: str, rows: Rows | Squares | Tail) -> None:
         """(Jᵀ t_m)²; what is exact, and the mean T of what is random, Var[T] = 2 T²/M."""
