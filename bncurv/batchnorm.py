@@ -1,4 +1,6 @@
-"""BatchNorm in training mode, cut between its statistics and its per-sample map (``gate.py``); PyTorch's own kernels.
+"""BatchNorm in training mode, cut between its statistics and its per-sample map (``gate.py``).
+
+PyTorch's own kernels, but for batches of cotangents.
 
 y = (x - mean) scale + bias,  scale = weight invstd,  invstd = (v + eps)^(-1/2);  v the biased variance.
 """
@@ -164,7 +166,7 @@ def _at_once(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, 
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Train-mode batch normalisation, PyTorch's own kernels, with a gate before the statistics."""
+    """Train-mode batch normalisation with a gate before the statistics."""
 
     is_linear = True  # its backward pass
 
