@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -69,8 +69,9 @@ def differences(
         anywhere: those that any rank suspects: all go through the same passes.
     """
     truth = pull(u)
-    apart = {name: largest(s.value - truth[name]) for name, s in coupled.items()}
-    size = {name: max(largest(truth[name]), largest(s.value)) for name, s in coupled.items()}
+    apart = dict(zip(coupled, _all_largest(s.value - truth[name] for name, s in coupled.items()), strict=True))
+    both = (_all_largest(truth[name] for name in coupled), _all_largest(s.value for s in coupled.values()))
+    size = dict(zip(coupled, map(max, *both), strict=True))
     suspects = [n for n, s in coupled.items() if not apart[n] <= min(EXACT[u.dtype] * size[n] + s.slack, MOST)]
     looked_at = anywhere(suspects)
     scaled = {factor: pull(factor * u) for factor in ((*FACTORS, 2.0) if looked_at else ())}
@@ -94,4 +95,10 @@ def differences(
 
 def largest(t: Tensor) -> float:
     """Largest entry by magnitude."""
-    return float(t.abs().amax()) if t.numel() else 0.0  # several times faster than the norm
+    return _all_largest([t])[0]
+
+
+def _all_largest(tensors: Iterable[Tensor]) -> list[float]:
+    """Of each, with one wait for the device."""
+    found = [t.abs().amax() if t.numel() else t.new_zeros(()) for t in tensors]  # several times faster than the norm
+    return torch.stack(found).tolist() if found else []
