@@ -73,7 +73,7 @@ class Deflated(Procedure):
     def pull(self, engine: Engine) -> Iterator[Rows | Squares | Tail]:
         """Squares of what is exact, tails of what is random."""
         exact = self._price(engine)
-        beside = operations(engine.shard.total * self._closed, len(engine.wanted)) if self._closed else 0.0
+        beside = operations(self._goal.passes, engine.shard.total, self._closed, len(engine.wanted))
         if engine.costs.whole(self.planned(engine)) + beside >= exact:
             yield from self._exactly(engine)
             return
@@ -198,11 +198,8 @@ class _Estimate:
                 (inside,) = self._engine.ranks.sum([self._first[0] @ Q], "random columns")
                 for name, values in self._first[1].items():
                     values -= torch.tensordot(inside, rows[name], 1)
-        if self._first is not None and r > self.exact:
-            for name, values in self._first[1].items():
-                self.tail[name].zero_()
-                self._traces[name].clear()
-                self._take(name, values, first=True)
+        if r > self.exact:
+            self._look()
         self.exact = r
 
     def draw(self, count: int, keep: bool = False) -> None:
@@ -212,24 +209,33 @@ class _Estimate:
             w = self._normal(m.stop - m.start)
             (inside,) = self._engine.ranks.sum([w @ Q], "random columns")
             rows = self._engine.pull_whole(self._cotangents(w - inside @ Q.T))
-            held += [(w, rows)] if keep else []
-            for name, values in rows.items() if not keep else ():
+            if keep:
+                held.append((w, rows))
+                continue
+            for name, values in rows.items():
                 self._take(name, values)
         self.draws += count
         self._first = None
         if keep:
             by_name = {n: torch.cat([rows[n] for _, rows in held]) for n in self.tail}
             self._first = torch.cat([w for w, _ in held]), by_name
-            for name, values in by_name.items():
-                self._take(name, values, first=True)
+            self._look()
 
-    def _take(self, name: str, rows: Tensor, first: bool = False) -> None:
+    def _look(self) -> None:
+        """The first draws, as they are now: the only ones so far."""
+        for name, rows in self._first[1].items() if self._first else ():
+            self.tail[name].zero_()
+            self._traces[name].clear()
+            squares = self._take(name, rows)
+            self._freedom[name] = _freedom(squares.div_(squares.amax().clamp(min=torch.finfo(squares.dtype).tiny)))
+
+    def _take(self, name: str, rows: Tensor) -> Tensor:
+        """More terms of the tail: their squares ``[m, p]``."""
         squares = rows.square()
         self.tail[name] += squares.sum(0)
         squares = squares.flatten(1)
         self._traces[name].append(squares.sum(1))
-        if first:
-            self._freedom[name] = _freedom(squares.div_(squares.amax().clamp(min=torch.finfo(squares.dtype).tiny)))
+        return squares
 
     def errors(self, confidence: float) -> tuple[float, float]:
         """The largest of all parameters' relative errors of trace and of diagonal, all of them at that confidence.

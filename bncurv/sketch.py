@@ -62,11 +62,23 @@ class Basis:
         return r, draws[r]
 
 
-def operations(columns: int, parameters: int) -> float:
+def _width(parameters: int) -> int:
+    """Numbers per row of V."""
+    return max(WIDTH, WIDE * parameters)
+
+
+def _worthwhile(passes: int | None, columns: int) -> bool:
+    """Whether so many passes allow for a sketch of so many columns per sample."""
+    return passes is None or passes >= WORTHWHILE * columns
+
+
+def operations(passes: int | None, samples: int, columns: int, parameters: int) -> float:
     """What a `basis` takes beside its passes, as `Costs` counts."""
-    width = max(WIDTH, WIDE * parameters)
-    size = min(columns, width)
-    return 2.0 * columns * width * size + DECOMPOSITION * size**3
+    if not _worthwhile(passes, columns):
+        return 0.0
+    width, rows = _width(parameters), samples * columns
+    size = min(rows, width)
+    return 2.0 * rows * width * size + DECOMPOSITION * size**3
 
 
 def basis(engine: Engine, batch: Batch, passes: int | None) -> Basis:
@@ -84,8 +96,8 @@ def basis(engine: Engine, batch: Batch, passes: int | None) -> Basis:
     count = factor.columns_per_sample
     total = engine.shard.everywhere if engine.shard.helpers > 1 else engine.shard.total
     names = [n for n in engine.wanted if n not in engine.slow and not engine.products.vanishes(n)]
-    first, width = engine.shard.first * count, min(max(WIDTH, WIDE * len(names)), most // (total * count))
-    if not names or width < NARROW * len(names) or (passes is not None and passes < WORTHWHILE * count):
+    first, width = engine.shard.first * count, min(_width(len(names)), most // (total * count))
+    if not names or width < NARROW * len(names) or not _worthwhile(passes, count):
         return _by_length(lengths, ranks, first, most)
     checks = Assurance(engine.back, engine.trace, engine.products, [factor], engine.shard)
     if ranks.everybody.any(checks.mixing() is not None):

@@ -178,6 +178,13 @@ def test_draws_already_made_serve_a_larger_basis(all_columns, monkeypatch):
     assert_close(res.diag_ggn_mc, want)
 
 
+def test_a_sketch_that_is_not_made_costs_nothing():
+    """Two passes are two passes, however many columns a sketch would have."""
+    X, y = seeded(lambda: torch.randn(600, 36), 1)().double(), torch.arange(600) % C
+    res = curvature(seeded(conv, 0)().double(), CE, (X, y), DiagGGNMC(passes=2), method="dense")
+    assert (res.passes, res.method) == (2, "sampled")
+
+
 @pytest.mark.parametrize("entries, freedom", [(1, 1), (60, 1), (60, 60)], ids=str)
 def test_freedom_of_a_squared_length(entries, freedom):
     """Of terms that are alike in all entries, one; of independent ones, as many as entries."""
