@@ -22,6 +22,11 @@ def per_channel(x: Tensor, values: Tensor) -> Tensor:
     return values.view(1, -1, *(1,) * (x.dim() - 2))
 
 
+def normalised(x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """x̂."""
+    return (x - per_channel(x, mean)) * per_channel(x, invstd)
+
+
 def factors(scale: Tensor, invstd: Tensor) -> Tensor:
     """-scale and -½ scale invstd, ``[2, channel]``: from Σ δ and Σ δ x̂ to d/dmean and d/dv."""
     return torch.stack([-scale, -0.5 * scale * invstd])
@@ -67,7 +72,7 @@ class BatchNormCoupling(Coupling):
     @functools.cached_property
     def normalised(self) -> Tensor:
         """x̂, kept while the graph lives."""
-        return (self._x - per_channel(self._x, self._mean)) * per_channel(self._x, self._invstd)
+        return normalised(self._x, self._mean, self._invstd)
 
     @functools.cached_property
     def _factors(self) -> Tensor:
@@ -152,15 +157,14 @@ def _at_once(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, 
     """
     inside: Any = torch._C._functorch
     level, g = inside.maybe_get_level(g), inside.get_unwrapped(g).movedim(inside.maybe_get_bdim(g), 0)
-    normalised = (x - per_channel(x, mean)) * per_channel(x, invstd)
-    axes, count = (1, *range(3, g.dim())), x.numel() // x.shape[1]
-    dx = torch.mul(g, normalised, out=g.new_empty(g.shape))  # contiguous, whatever g is
+    x_hat, axes, count = normalised(x, mean, invstd), (1, *range(3, g.dim())), x.numel() // x.shape[1]
+    dx = torch.mul(g, x_hat, out=g.new_empty(g.shape))  # contiguous, whatever g is
     first, second = g.sum(axes), dx.sum(axes)
     if closed:  # dx = scale g
         torch.mul(g, per_channel(x, scale), out=dx)
     else:  # dx = scale (g - Σ g / count - x̂ Σ g x̂ / count)
         offset, slope = (t.view(len(t), 1, -1, *(1,) * (x.dim() - 2)) / count for t in (first, second))
-        torch.mul(normalised, slope, out=dx)
+        torch.mul(x_hat, slope, out=dx)
         torch.sub(g, dx.add_(offset), out=dx).mul_(per_channel(x, scale))
     return tuple(inside._add_batch_dim(t, 0, level) for t in (dx, second, first))
 
@@ -189,8 +193,8 @@ class _BatchNorm(torch.autograd.Function):
         scale = invstd if weight is None else invstd * weight
         if ctx.gates.closed and not ctx.gates.sums:
             return per_channel(x, scale) * g, *(None,) * 7
-        closed, needs = ctx.gates.closed, ctx.needs_input_grad[:4]
-        mask = [needs[0], True, True]
+        closed, (*needs, needs_handle) = ctx.gates.closed, ctx.needs_input_grad[:4]
+        mask = [needs[0], True, True] if closed else needs
         if torch._C._functorch.is_batchedtensor(g) and not torch.is_grad_enabled():  # else it is differentiable in g
             dx, second, first = _at_once(g, x, scale, mean, invstd, closed)
         elif closed:  # with constant statistics it is the backward of the eval mode
@@ -205,8 +209,8 @@ class _BatchNorm(torch.autograd.Function):
             dx, second, first = torch.ops.aten._batch_norm_impl_index_backward(
                 ctx.kind, x, g, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve
             )
-        handle = torch.stack([first, second]) * factors(scale, invstd) if closed and needs[3] else None
-        found = (t if needed else None for t, needed in zip((dx, second, first), needs, strict=False))
+        handle = torch.stack([first, second]) * factors(scale, invstd) if closed and needs_handle else None
+        found = (t if needed else None for t, needed in zip((dx, second, first), needs, strict=True))
         return *found, handle, *(None,) * 4
 
 

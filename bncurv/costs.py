@@ -141,7 +141,7 @@ class Costs:
             if self._direction_bytes(name) > (1 if self._memory else 4) * self.budget.direction:
                 return float("inf")  # one parameter's P alone does not fit
             squares = self._squares_do and self.factored(name, self._columns)
-            cost += (self._squares if squares else self._rows)(name, self._columns)
+            cost += self._squares(name, self._columns) if squares else self._rows(name, self._columns)
         return COUPLED * cost + (self.dense() if slow else 0.0)
 
     def truncated(self, directions: int, slow: list[str]) -> float:

@@ -129,7 +129,7 @@ class Engine:
         self._checks = Assurance(self.back, self.trace, self.products, list(self._sources.values()), self.shard)
         self.error = dict.fromkeys(self.wanted, 0.0) if tol else {}
         self._between: dict[int, dict[int, Tensor]] = {}
-        leads = self._leads if tol and self.structure.couplings else None
+        leads = self._leads if self._truncates else None
         self._plan = Plan(
             batch, self.structure, self.costs, self._checks, self.memory, self._columns, self.method, leads
         )
@@ -160,6 +160,10 @@ class Engine:
     def slow(self) -> list[str]:
         """Parameters without a product."""
         return self._plan.slow
+
+    @property
+    def _truncates(self) -> bool:
+        return bool(self._tol and self.structure.couplings)
 
     @functools.cached_property
     def _leading(self) -> Leading:
@@ -247,8 +251,7 @@ class Engine:
 
     def _pull_directions(self, names: list[str]) -> Directions | TruncatedDirections:
         """The coupling directions for some parameters; they serve all sources."""
-        truncates = self._tol and self.structure.couplings
-        if truncates and self._leading.kept + PROBES < sum(self._plan.widths):  # else all of it is no dearer
+        if self._truncates and self._leading.kept + PROBES < sum(self._plan.widths):  # else all of it is no dearer
             truncated = TruncatedDirections(self.back, self.products, self.costs, self._leading, names)
             self.error |= truncated.error
             return truncated

@@ -171,9 +171,9 @@ def keep_values(undo: Undo, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def bytes_kept(*roots: nn.Module) -> int:
     """Bytes of what `leave_as_is` keeps: parameters, their ``.grad`` and buffers."""
-    parameters = [p for root in roots for p in root.parameters()]
-    tensors = [*parameters, *(b for root in roots for b in root.buffers())]
-    tensors += [p.grad for p in parameters if p.grad is not None]
+    named = [pair for root in roots for pair in root.named_modules()]
+    parameters, buffers = ([t for _, t in _held(named, table)] for table in ("_parameters", "_buffers"))
+    tensors = [*parameters, *buffers, *(p.grad for p in parameters if p.grad is not None)]
     return sum(part.numel() * part.element_size() for t in tensors for part in _memory(t.detach()))
 
 

@@ -32,8 +32,8 @@ class Watch(TorchFunctionMode):
         self._private, self._model = private, model
         named = [(m, name or type(m).__name__) for name, m in model.named_modules()]
         self._modules, self._names = [m for m, _ in named], {id(m): name for m, name in named}
-        self._learnt = {id(p) for m in self._modules for p in m._parameters.values()}
-        self._fixed = {id(b) for m in self._modules for b in m._buffers.values()}
+        self._learnt = {id(p) for m in self._modules for p in m._parameters.values() if p is not None}
+        self._fixed = {id(b) for m in self._modules for b in m._buffers.values() if b is not None}
 
     def __enter__(self) -> Watch:
         self._stack, self._gates, self._thread = [type(self._model).__name__], Gates(), threading.get_ident()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from lib import figures
 from lib.command import Run
-from lib.gallery import show, table
+from lib.gallery import descent, show, table
 from lib.systems import Batch, digits, frozen, mlp
 from torch import nn
 
@@ -64,16 +64,10 @@ def second_order(net: nn.Module, data: Batch, steps: int, held: bool, damping: f
 
 def first_order(net: nn.Module, data: Batch, steps: int, kind: str, rate: float) -> list[float]:
     """Losses after each step."""
-    net, losses = copy.deepcopy(net), []
+    net = copy.deepcopy(net)
     parameters = list(net.parameters())
     optimizer = torch.optim.Adam(parameters, rate) if kind == "Adam" else torch.optim.SGD(parameters, rate, 0.9)
-    for _ in range(steps + 1):
-        optimizer.zero_grad()
-        loss = LOSS(net(data[0]), data[1])
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-    return losses
+    return descent(net, LOSS, data, optimizer, steps)
 
 
 def timed(steps: int, way: Callable[..., list[float]], *arguments: object) -> tuple[list[float], float]:

@@ -14,7 +14,7 @@ import sys
 import torch
 from lib import figures
 from lib.command import Run
-from lib.gallery import show, table
+from lib.gallery import descent, show, table
 from lib.systems import Batch, digits, estimate_population, mlp, modes, one_hot, participation, relative
 from torch import Tensor, nn
 
@@ -34,15 +34,9 @@ def jacobian(net: nn.Module, data: Batch) -> Tensor:
 
 def trained(net: nn.Module, data: Batch, rate: float, steps: int) -> Tensor:
     """Losses L of gradient descent in train mode, ``[steps + 1]``."""
-    net, losses = copy.deepcopy(net), []
-    optimizer = torch.optim.SGD(net.parameters(), rate)
-    for _ in range(steps + 1):
-        optimizer.zero_grad()
-        loss = LOSS(net(data[0]), data[1])
-        losses.append(loss.detach())
-        loss.backward()
-        optimizer.step()
-    return torch.stack(losses)
+    net = copy.deepcopy(net)
+    losses = descent(net, LOSS, data, torch.optim.SGD(net.parameters(), rate), steps)
+    return torch.tensor(losses, dtype=data[0].dtype, device=data[0].device)
 
 
 def predicted(K: Tensor, residual: Tensor, rate: float, steps: int) -> Tensor:

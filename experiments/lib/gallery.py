@@ -12,8 +12,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lib import figures
@@ -38,6 +41,18 @@ def show(application: Callable[[Run], str], arguments: list[str] | None = None) 
     if args.write:
         insert(ROOT / f"docs/gallery/{name}.md", name, text)
     return 0
+
+
+def descent(net: nn.Module, loss_fn: Callable, data: Any, optimizer: Optimizer, steps: int) -> list[float]:
+    """Losses on one batch before each step and after the last, ``steps + 1`` numbers."""
+    losses = []
+    for _ in range(steps + 1):
+        optimizer.zero_grad()
+        loss = loss_fn(net(data[0]), data[1])
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    return losses
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
